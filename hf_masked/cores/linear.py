@@ -1,0 +1,138 @@
+"""The two linear modules of a low-rank core: what the core runs, and what a full network sharing A and B runs."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class FactorizedLinear(nn.Module):
+    """x -> B (A x) + bias, a linear map of rank r held as its two thin factors.
+
+    Args:
+        in_features, out_features: n and m of the map.
+        rank: r in 1 ... min(n, m).
+        bias: whether there is one.
+
+    Shapes: A.weight (r, n), B.weight (m, r), B.bias (m,). With T tokens a forward costs 2 T r (n + m) operations
+    where the dense map costs 2 T n m.
+
+    >>> FactorizedLinear(8, 6, rank=2, bias=True)(torch.zeros(3, 8)).shape
+    torch.Size([3, 6])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """An empty tensor of the right dtype and device: some models ask a linear for those and use no more of it."""
+        return self.B.weight.new_empty(0)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.B.bias
+
+    def dense_weight(self) -> torch.Tensor:
+        """B A, (out_features, in_features)."""
+        return self.B.weight @ self.A.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.B(self.A(x))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class MergedLinear(nn.Module):
+    """x -> (B A + R) x + bias: the full network's side of a layer whose A and B it shares with the core.
+
+    Args:
+        R: the remainder, in the layout of the layer that it replaces.
+        factors: the core's layer; its A and B become parameters of this module too, the same objects.
+        bias: the full network's bias or None.
+        transposed: R is (in_features, out_features), as GPT-2's Conv1D has it.
+
+    Gradients: dR = dW, dB = dW A^T, dA = B^T dW. With T tokens the product B A costs n m r multiply-adds and the two
+    thin products T (n + m) r; `forward` takes the cheaper one.
+    """
+
+    def __init__(self, R: nn.Parameter, factors: FactorizedLinear, bias: nn.Parameter | None, transposed: bool):
+        super().__init__()
+        self.in_features, self.out_features = factors.in_features, factors.out_features
+        self.transposed = transposed
+        self.R = R
+        self.A = factors.A.weight
+        self.B = factors.B.weight
+        self.bias = bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """B A + R in the layout of the layer that this one replaces."""
+        left, right = (self.A.T, self.B.T) if self.transposed else (self.B, self.A)
+        return torch.addmm(self.R, left, right)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            # autocast leaves addmm's sum in low precision, so W would be rounded before R's own cast
+            dtype = torch.get_autocast_dtype(x.device.type)
+            with torch.autocast(x.device.type, enabled=False):
+                weight = self.weight.to(dtype)
+            return self._linear(x, weight)
+        tokens = x.numel() // x.shape[-1]
+        if self.in_features * self.out_features <= tokens * (self.in_features + self.out_features):
+            return self._linear(x, self.weight)
+        return self._linear(x, self.R) + F.linear(F.linear(x, self.A), self.B)
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight.T if self.transposed else weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.A.shape[0]}"
+
+
+def best_rank_r(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) with B A the best rank-r approximation of W, the square roots of the singular values on both sides.
+
+    Args:
+        weight: W, (m, n), any floating dtype; the decomposition runs in float32, or float64 for a float64 weight.
+        rank: r in 1 ... min(m, n).
+
+    Returns: A (r, n) and B (m, r) in the weight's dtype.
+
+    Cost: one SVD, O(m n min(m, n)).
+
+    Source: Eckart and Young, 1936.
+
+    >>> A, B = best_rank_r(torch.eye(3) * torch.tensor([3.0, 2.0, 1.0]), rank=1)
+    >>> (B @ A).round(decimals=4).diagonal().tolist()
+    [3.0, 0.0, 0.0]
+    """
+    exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+    root = S[:rank].sqrt()
+    return (root[:, None] * Vh[:rank]).to(weight.dtype), (U[:, :rank] * root).to(weight.dtype)
+
+
+def random_factors(weight: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B), Gaussian, with entries of B A as large on average as those of W.
+
+    Args: `weight` W (m, n), `rank` r, `generator` on the CPU. Returns A (r, n), B (m, r).
+
+    The product of two independent Gaussian factors of standard deviation s has entries of variance r s^4.
+    """
+    scale = float(weight.detach().float().pow(2).mean()) ** 0.25 / rank**0.25
+    out_features, in_features = weight.shape
+    A = torch.randn(rank, in_features, generator=generator) * scale
+    B = torch.randn(out_features, rank, generator=generator) * scale
+    return A.to(weight), B.to(weight)

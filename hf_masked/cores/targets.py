@@ -1,0 +1,93 @@
+"""Which linear maps of a model a core replaces: PEFT's target semantics, and what is refused."""
+
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .base import Site
+from .config import LowRankCoreConfig
+
+# PEFT leaves these classifier heads alone too; their name is a convention of transformers, not a rule
+CLASSIFIER_HEADS = ("score", "classifier")
+
+
+def find_sites(model: PreTrainedModel, config: LowRankCoreConfig) -> dict[str, Site]:
+    """Module path -> the linear map there, for every target of `config`.
+
+    Raises: ValueError for a target that matches nothing or is no linear layer, for a rank that is too large, and for
+        mixture-of-experts weights that a core could not make smaller.
+    """
+    linear = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
+    if config.target_modules == "all-linear":
+        heads = _output_heads(model)
+        wanted = [n for n in linear if n not in heads and not _excluded(n, config)]
+    else:
+        wanted = [n for n, _ in model.named_modules() if _targeted(n, config)]
+        if wrong := [n for n in wanted if n not in linear]:
+            raise ValueError(
+                f"got the target {wrong[0]}, a {type(model.get_submodule(wrong[0])).__name__}; needs nn.Linear or "
+                "Conv1D, because only those are factorised; set target_modules"
+            )
+        for name in config.target_modules if isinstance(config.target_modules, list) else []:
+            if not any(n == name or n.endswith(f".{name}") for n in wanted):
+                raise ValueError(_no_match(f"target_modules entry {name!r}", linear))
+    if not wanted:
+        raise ValueError(_no_match(f"target_modules={config.target_modules!r}", linear))
+    _refuse_experts(model, config)
+    return {name: _site(name, linear[name], config) for name in wanted}
+
+
+@dataclass
+class _PeftQuery:
+    """The attributes of a PEFT config that its matching reads."""
+
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None
+
+
+def _targeted(path: str, config: LowRankCoreConfig) -> bool:
+    found = check_target_module_exists(_PeftQuery(config.target_modules, config.exclude_modules), path)
+    return bool(found) and not _excluded(path, config)
+
+
+def _excluded(path: str, config: LowRankCoreConfig) -> bool:
+    # the excluded modules are what PEFT would match, were they the targets
+    return bool(config.exclude_modules) and bool(
+        check_target_module_exists(_PeftQuery(config.exclude_modules or [], None), path)
+    )
+
+
+def _no_match(what: str, linear: dict[str, nn.Module]) -> str:
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    return f"got {what}, which matches no linear layer; needs names among {known}; set target_modules in --core_config"
+
+
+def _output_heads(model: PreTrainedModel) -> set[str]:
+    output = model.get_output_embeddings()
+    return {
+        name
+        for name, module in model.named_modules()
+        if module is output or name.partition(".")[0] in CLASSIFIER_HEADS
+    }
+
+
+def _refuse_experts(model: PreTrainedModel, config: LowRankCoreConfig) -> None:
+    """Experts held as 3-D parameters are no linear layers: the core would carry them at full size."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and "expert" in f"{path}.{name}".lower() and not _excluded(path, config):
+                raise ValueError(
+                    f"got a model with expert weights {path}.{name} of shape {tuple(parameter.shape)}; needs "
+                    "matrices, because a 3-D parameter of all experts is not factorised and the core would keep its "
+                    f"full size; set exclude_modules=[{path.rpartition('.')[2]!r}] to keep the experts dense in the core"
+                )
+
+
+def _site(path: str, module: nn.Module, config: LowRankCoreConfig) -> Site:
+    transposed = isinstance(module, Conv1D)
+    shape = module.weight.shape[::-1] if transposed else module.weight.shape
+    out_features, in_features = int(shape[0]), int(shape[1])
+    return Site(in_features, out_features, config.resolve_rank(path, in_features, out_features), transposed)

@@ -1,0 +1,72 @@
+"""A plan: a schedule and one phase per network, validated together before any training time is spent."""
+
+from dataclasses import dataclass, field, replace
+
+from .schedules import CoreOnly, FullOnly
+from .types import Network, Phase, Schedule, StepInfo
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Maps update steps to phases.
+
+    Args:
+        schedule: which networks each update step trains.
+        full, core: how. For a "sum" update the core's loss weight and distillation are those of `core`, and
+            `full` fills the slots, since the one update moves the parameters of both.
+
+    >>> from hf_masked.schedules import Alternate
+    >>> plan = Plan(Alternate(), core=Phase("core", distill_weight=0.5))
+    >>> [phase.network for phase in plan.phases(StepInfo(1, 10))]
+    ['core']
+    """
+
+    schedule: Schedule
+    full: Phase = field(default_factory=lambda: Phase("full"))
+    core: Phase = field(default_factory=lambda: Phase("core"))
+
+    def __post_init__(self) -> None:
+        for name, phase in (("full", self.full), ("core", self.core)):
+            if phase.network != name:
+                raise ValueError(f"got a phase of the network {phase.network!r} as {name}=; needs Phase({name!r}, ...)")
+
+    def phases(self, info: StepInfo) -> tuple[Phase, ...]:
+        """The phases of update step `info.step`, the first on the trainer's own batch."""
+        made: dict[Network, Phase] = {"full": self.full, "core": self.core, "sum": replace(self.full, network="sum")}
+        return tuple(made[network] for network in self.schedule(info))
+
+    def count(self, network: Network, until: int, max_steps: int, seed: int) -> int:
+        """How many updates train `network` in the steps 0 ... until - 1 (a "sum" update trains both)."""
+        wanted = {network, "sum"}
+        return sum(
+            len([n for n in self.schedule(StepInfo(t, max_steps, seed)) if n in wanted]) for t in range(until)
+        )
+
+    def validate(self, max_steps: int, seed: int) -> None:
+        """Refuse a plan that cannot do what it says.
+
+        Raises: ValueError where a step trains nothing, where anything but the core rides along, or where a network
+            is never trained although the schedule is neither "core_only" nor "full_only".
+        """
+        trained: set[Network] = set()
+        for step in range(max_steps):
+            networks = self.schedule(StepInfo(step, max_steps, seed))
+            if not networks or any(n != "core" for n in networks[1:]):
+                raise ValueError(
+                    f"got {networks} for update step {step}; needs a network, then only 'core', because what follows "
+                    "the trainer's own update must leave the full network alone; mend the schedule of plan="
+                )
+            trained.update(networks)
+        if "sum" in trained:
+            trained.update(("full", "core"))
+        self._check_trained("full", trained, CoreOnly, "core_only", max_steps)
+        self._check_trained("core", trained, FullOnly, "full_only", max_steps)
+
+    def _check_trained(self, network: Network, trained: set[Network], alone: type, name: str, max_steps: int) -> None:
+        rides_nothing = network == "core" and getattr(self.schedule, "core_updates", None) == 0
+        if network in trained or isinstance(self.schedule, alone) or rides_nothing:
+            return
+        raise ValueError(
+            f"got the schedule {self.schedule} for {max_steps} update steps; needs one that trains the {network} network "
+            f"at least once, because joint training is of both; change its steps, or set --schedule {name}"
+        )

@@ -1,0 +1,206 @@
+"""Schedules: update step -> which networks are trained in it. Pure functions of the step and the seed."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .types import Network, Schedule, StepInfo
+
+
+def resolve_step(value: int | float, max_steps: int) -> int:
+    """An update step given as an int, or as a fraction in [0, 1] (a float) of `max_steps`.
+
+    >>> resolve_step(0.5, 100), resolve_step(30, 100)
+    (50, 30)
+    """
+    return round(value * max_steps) if isinstance(value, float) else value
+
+
+def _check(condition: bool, schedule: str, option: str, value: object, rule: str, reason: str) -> None:
+    if not condition:
+        raise ValueError(
+            f"got {option}={value!r} for the schedule {schedule!r}; needs {rule}, because {reason}; "
+            f"set it in --schedule '{{\"name\": \"{schedule}\", \"{option}\": ...}}'"
+        )
+
+
+def _check_step(schedule: str, option: str, value: int | float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    legal = number and value >= 0 and (isinstance(value, int) or value <= 1)
+    _check(legal, schedule, option, value, "an update step >= 0, or a fraction of them in [0.0, 1.0]",
+           "a float is read as a fraction of the run")  # fmt: skip
+
+
+def _check_count(schedule: str, option: str, value: int) -> None:
+    legal = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    _check(legal, schedule, option, value, "an integer >= 1", "both networks have to be trained")
+
+
+@dataclass(frozen=True)
+class NoSplit:
+    """Base of the schedules that never replace the core while it trains."""
+
+    def split_step(self, max_steps: int) -> int | None:
+        return None
+
+
+@dataclass(frozen=True)
+class RideAlong:
+    """Every step is one ordinary full update; from `start` on, `core_updates` core updates on average follow it.
+
+    Args:
+        core_updates: k >= 0 core updates per full update, fractions spread evenly.
+        start: first update step with core updates, an int or a fraction of the run; the core is split there.
+
+    >>> [RideAlong(1.5, start=2)(StepInfo(t, 4))[1:] for t in range(4)]
+    [(), (), ('core',), ('core', 'core')]
+    """
+
+    core_updates: float = 4.5
+    start: int | float = 0.5
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.core_updates, int | float) and not isinstance(self.core_updates, bool)
+        _check(number and 0 <= self.core_updates < math.inf, "ride_along", "core_updates", self.core_updates,
+               "a number >= 0", "it counts core updates per full update")  # fmt: skip
+        _check_step("ride_along", "start", self.start)
+
+    def __call__(self, info: StepInfo) -> tuple[Network, ...]:
+        ridden = info.step - resolve_step(self.start, info.max_steps)
+        if ridden < 0:
+            return ("full",)
+        count = math.floor((ridden + 1) * self.core_updates) - math.floor(ridden * self.core_updates)
+        return ("full", *(("core",) * count))
+
+    def split_step(self, max_steps: int) -> int | None:
+        return resolve_step(self.start, max_steps)
+
+
+@dataclass(frozen=True)
+class Alternate(NoSplit):
+    """`full_steps` full steps, then `core_steps` core steps, and again: the paper's "switches consecutively".
+
+    >>> [Alternate(core_steps=2)(StepInfo(t, 4))[0] for t in range(4)]
+    ['full', 'core', 'core', 'full']
+    """
+
+    core_steps: int = 1
+    full_steps: int = 1
+
+    def __post_init__(self) -> None:
+        _check_count("alternate", "core_steps", self.core_steps)
+        _check_count("alternate", "full_steps", self.full_steps)
+
+    def __call__(self, info: StepInfo) -> tuple[Network, ...]:
+        return ("full",) if info.step % (self.full_steps + self.core_steps) < self.full_steps else ("core",)
+
+
+@dataclass(frozen=True)
+class Random(NoSplit):
+    """A core step with probability q, a full step otherwise; the draw depends on (mask_seed, step) alone."""
+
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check(0 < self.probability < 1, "random", "probability", self.probability, "a number in (0, 1)",
+               "both networks have to be trained")  # fmt: skip
+
+    def __call__(self, info: StepInfo) -> tuple[Network, ...]:
+        drawn = torch.rand((), generator=info.generator("schedule")).item()
+        return ("core",) if drawn < self.probability else ("full",)
+
+
+@dataclass(frozen=True)
+class Sum(NoSplit):
+    """Both losses in every update: one backward of each network, one optimizer step."""
+
+    def __call__(self, info: StepInfo) -> tuple[Network, ...]:
+        return ("sum",)
+
+
+@dataclass(frozen=True)
+class FullThenJoint:
+    """`full_steps` full steps (an int or a fraction of the run), then full and core in turn; the core is split there."""
+
+    full_steps: int | float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_step("full_then_joint", "full_steps", self.full_steps)
+
+    def __call__(self, info: StepInfo) -> tuple[Network, ...]:
+        joint = info.step - resolve_step(self.full_steps, info.max_steps)
+        return ("core",) if joint >= 0 and joint % 2 == 1 else ("full",)
+
+    def split_step(self, max_steps: int) -> int | None:
+        return resolve_step(self.full_steps, max_steps)
+
+
+@dataclass(frozen=True)
+class Heal(NoSplit):
+    """Full and core in turn, and core steps only for the last `core_steps` (an int or a fraction of the run)."""
+
+    core_steps: int | float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_step("heal", "core_steps", self.core_steps)
+
+    def __call__(self, info: StepInfo) -> tuple[Network, ...]:
+        healing = info.step >= info.max_steps - resolve_step(self.core_steps, info.max_steps)
+        return ("core",) if healing or info.step % 2 == 1 else ("full",)
+
+
+@dataclass(frozen=True)
+class CoreOnly(NoSplit):
+    """Core steps only: the core alone, or the tuning of a core that was split from a trained model."""
+
+    def __call__(self, info: StepInfo) -> tuple[Network, ...]:
+        return ("core",)
+
+
+@dataclass(frozen=True)
+class FullOnly(NoSplit):
+    """Full steps only: the baseline."""
+
+    def __call__(self, info: StepInfo) -> tuple[Network, ...]:
+        return ("full",)
+
+
+SCHEDULES: dict[str, type[Any]] = {
+    "ride_along": RideAlong,
+    "alternate": Alternate,
+    "random": Random,
+    "sum": Sum,
+    "full_then_joint": FullThenJoint,
+    "heal": Heal,
+    "core_only": CoreOnly,
+    "full_only": FullOnly,
+}
+
+
+def make_schedule(spec: str | dict[str, Any]) -> Schedule:
+    """A schedule from its name, or from `{"name": ..., option: value}` as a dict or as JSON.
+
+    >>> make_schedule('{"name": "alternate", "core_steps": 2}')
+    Alternate(core_steps=2, full_steps=1)
+
+    Raises: ValueError for an unknown name, an unknown option, or a value out of range.
+    """
+    if isinstance(spec, str):
+        try:
+            spec = json.loads(spec) if spec.lstrip().startswith("{") else {"name": spec}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"got --schedule {spec!r}; needs a name or valid JSON, because {error}") from None
+    options = dict(spec)
+    name = options.pop("name", None)
+    if name not in SCHEDULES:
+        raise ValueError(f"got schedule {name!r}; needs one of {sorted(SCHEDULES)}; set --schedule")
+    known = {field.name for field in dataclasses.fields(SCHEDULES[name])}
+    if unknown := set(options) - known:
+        raise ValueError(
+            f"got the options {sorted(unknown)} for the schedule {name!r}; needs some of {sorted(known)}; set --schedule"
+        )
+    return SCHEDULES[name](**options)

@@ -1,0 +1,132 @@
+"""The vocabulary: what an update step is (`StepInfo`), what it does (`Phase`), and the three slots of partial SGD.
+
+One update step of partial SGD is
+
+    x[t+1] = x[t] - lr[t] * p[t] (.) g( x[t] + dx[t] )
+
+with x the trainable parameters, g a stochastic gradient, dx[t] the *perturbation* and p[t] a 0/1 *mask*, where 1
+means kept, trained. Source: Mohtashami, Jaggi, Stich, "Masked Training of Neural Networks with Partial Gradients",
+AISTATS 2022. A stateful optimizer splits p in two: `grad_mask` multiplies the gradient before clipping,
+`update_mask` keeps an entry bit-identical through the optimizer step.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+Network = Literal["full", "core", "sum"]
+NETWORKS: tuple[Network, ...] = ("full", "core", "sum")
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where in training an update is: everything that a schedule, perturbation or mask may depend on.
+
+    Args:
+        step: update step t of the trainer, 0-based; microbatches of one update share it.
+        max_steps: number of update steps of the whole run.
+        seed: `mask_seed` of the run.
+        update: 0 for the update made on the trainer's own batch, 1, 2, ... for the core updates that ride along.
+
+    >>> StepInfo(step=3, max_steps=10, seed=0).random_seed("grad_mask", "lm_head.weight")
+    17028166093213229
+    """
+
+    step: int
+    max_steps: int
+    seed: int = 0
+    update: int = 0
+
+    def random_seed(self, *names: str) -> int:
+        """A seed that depends on (seed, step, update, names) alone, so a resumed run draws what it would have drawn."""
+        text = "/".join([str(self.seed), str(self.step), str(self.update), *names])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+    def generator(self, *names: str) -> torch.Generator:
+        """A CPU generator seeded with `random_seed(*names)`."""
+        return torch.Generator().manual_seed(self.random_seed(*names))
+
+
+class Perturbation(Protocol):
+    """dx[t]: maps the parameters to the displacements at which the gradient is taken.
+
+    Args: `parameters`, name -> tensor, detached, not to be written to. Returns name -> tensor of the same shape and
+    dtype; a name left out is not displaced.
+    """
+
+    def __call__(
+        self, info: StepInfo, parameters: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]: ...  # pragma: no cover
+
+
+class Mask(Protocol):
+    """p[t]: maps the gradients to what is kept of them.
+
+    Args: `gradients`, name -> tensor (after reduction over microbatches). Returns name -> bool tensor that broadcasts
+    to the gradient's shape (True = kept, trained), or a plain bool for a whole tensor; a name left out is kept.
+    """
+
+    def __call__(
+        self, info: StepInfo, gradients: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor | bool]: ...  # pragma: no cover
+
+
+class Schedule(Protocol):
+    """t -> which network each update of step t trains, in order.
+
+    The first entry is trained on the trainer's own batch; further entries are core updates that ride along.
+    """
+
+    def __call__(self, info: StepInfo) -> tuple[Network, ...]: ...  # pragma: no cover
+
+    def split_step(self, max_steps: int) -> int | None:
+        """The update step before which the core becomes the best part of the full network, or None for never."""
+        ...  # pragma: no cover
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How an update of one network is made: its three slots, and for the core, how it learns from the full one.
+
+    Args:
+        network: "full", "core", or "sum" (the gradients of both losses in one update).
+        perturbation, grad_mask, update_mask: the slots; None means dx = 0, p = 1.
+        loss_weight: factor of the core's loss, > 0.
+        distill_weight: w in [0, 1] of  (1 - w) label loss + w divergence from the full network's logits.
+        distill_temperature: T > 0 of that divergence.
+    """
+
+    network: Network
+    perturbation: Perturbation | None = None
+    grad_mask: Mask | None = None
+    update_mask: Mask | None = None
+    loss_weight: float = 1.0
+    distill_weight: float = 0.0
+    distill_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.network not in NETWORKS:
+            raise ValueError(f"got network={self.network!r}; needs one of {NETWORKS}")
+        if not self.loss_weight > 0:
+            raise ValueError(
+                f"got core_loss_weight={self.loss_weight}; needs a number > 0, because a core step without a loss "
+                "trains nothing; set --schedule full_only to leave the core alone"
+            )
+        if not 0 <= self.distill_weight <= 1:
+            raise ValueError(
+                f"got distill_weight={self.distill_weight}; needs a number in [0, 1], because it mixes the label loss "
+                "with the divergence from the full network; set --distill_weight"
+            )
+        if not self.distill_temperature > 0:
+            raise ValueError(
+                f"got distill_temperature={self.distill_temperature}; needs a number > 0, because logits are divided "
+                "by it; set --distill_temperature"
+            )
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether any of the three slots is filled."""
+        return not (self.perturbation is None and self.grad_mask is None and self.update_mask is None)
