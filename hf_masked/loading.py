@@ -1,0 +1,137 @@
+"""Lets `AutoModel*.from_pretrained(out, subfolder="core")` load a factorised core of any architecture.
+
+transformers asks a registered *quantizer* to change the skeleton of a model before its weights are loaded. A core is
+no quantized model, but that is the extension point for "the same class with other linear layers", so this one puts
+`FactorizedLinear` where the config says, and afterwards takes every sign of quantization off again: the loaded core
+casts, trains, saves and takes an adapter like any model.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .cores.base import parent_and_name
+from .cores.linear import FactorizedLinear
+
+QUANT_METHOD = "hf_masked_low_rank"
+VERSION = 1
+
+
+@register_quantization_config(QUANT_METHOD)
+class LowRankFormat(QuantizationConfigMixin):
+    """What `core/config.json` says of a factorised core.
+
+    Args:
+        ranks: module path -> rank r >= 1 of the linear map there.
+        version: of this format.
+
+    Raises: ValueError for another version, or for ranks that are not positive integers.
+    """
+
+    def __init__(self, ranks: Mapping[str, int], version: int = VERSION, quant_method: str = QUANT_METHOD, **unknown: Any):
+        if version != VERSION:
+            raise ValueError(
+                f"got a core of format version {version!r}; needs {VERSION}, because that is what this hf_masked reads; "
+                "install the version of hf_masked that wrote it"
+            )
+        if unknown or quant_method != QUANT_METHOD:
+            raise ValueError(f"got the unknown keys {sorted(unknown)} in the core's config; needs ranks and version")
+        valid = isinstance(ranks, Mapping) and all(
+            isinstance(path, str) and isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+            for path, rank in ranks.items()
+        )
+        if not valid or not ranks:
+            raise ValueError("got ranks in the core's config that are no {module path: integer >= 1}; export it again")
+        self.quant_method = QUANT_METHOD
+        self.version = version
+        self.ranks = dict(ranks)
+
+
+@register_quantizer(QUANT_METHOD)
+class LowRankLoader(HfQuantizer):
+    """Puts `FactorizedLinear` into the skeleton of a model about to be loaded."""
+
+    quantization_config: LowRankFormat
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        for path, rank in self.quantization_config.ranks.items():
+            local = _local_path(model, path)
+            if local is not None:
+                _replace(model, local, rank)
+        if checkpoint_files:
+            _check_files(model, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        del model.hf_quantizer, model.quantization_method
+        model.is_quantized = False
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+
+
+def _local_path(model: PreTrainedModel, path: str) -> str | None:
+    """Where the module stands in this model: a bare base model has lost its prefix, and a head's modules."""
+    modules = dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (path, path.removeprefix(prefix), prefix + path):
+        if candidate in modules:
+            return candidate
+    if model.base_model is model and not path.startswith(prefix):
+        return None
+    raise ValueError(
+        f"got a core whose config names the module {path!r}; needs a module of {type(model).__name__}, because its weights "
+        "belong there; load it with the class in 'architectures' of its config.json, or export it again"
+    )
+
+
+def _replace(model: PreTrainedModel, path: str, rank: int) -> None:
+    parent, name = parent_and_name(model, path)
+    dense = parent.get_submodule(name)
+    if type(dense) not in (nn.Linear, Conv1D):
+        raise ValueError(f"got a core whose config names {path!r}, a {type(dense).__name__}; needs a linear layer there")
+    out_features, in_features = dense.weight.shape[::-1] if isinstance(dense, Conv1D) else dense.weight.shape
+    if rank > min(in_features, out_features):
+        raise ValueError(
+            f"got rank {rank} for {path!r} of {out_features} x {in_features} in the core's config; needs at most "
+            f"{min(in_features, out_features)}, because a matrix has no higher rank; export it again"
+        )
+    with torch.device("meta"):
+        factors = FactorizedLinear(in_features, out_features, rank, dense.bias is not None, dtype=dense.weight.dtype)
+    setattr(parent, name, factors)
+
+
+def _check_files(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
+    """Every factor must be in the files with its shape, before anything is loaded: transformers would only warn."""
+    stored: dict[str, tuple[int, ...]] = {}
+    for file in checkpoint_files:
+        with safe_open(file, framework="pt") as tensors:
+            stored.update({key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()})  # noqa: SIM118
+    prefix = f"{model.base_model_prefix}."
+    for path, module in model.named_modules():
+        if not isinstance(module, FactorizedLinear):
+            continue
+        for name, parameter in module.named_parameters():
+            key = f"{path}.{name}"
+            found = next((stored[k] for k in (key, prefix + key, key.removeprefix(prefix)) if k in stored), None)
+            if found != tuple(parameter.shape):
+                raise ValueError(
+                    f"got {'no tensor' if found is None else f'shape {found}'} for {key} in the core's files; needs shape "
+                    f"{tuple(parameter.shape)}, because the config gives this layer rank {module.rank}; its files are of "
+                    "another core, or incomplete: export it again"
+                )
