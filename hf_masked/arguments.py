@@ -1,0 +1,194 @@
+"""The fields that joint training adds to `TrainingArguments`, each checked when it is parsed."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from .cores import LowRankCoreConfig
+from .plan import Plan
+from .schedules import Sum, make_schedule
+from .types import Phase
+
+_CHOICES = {
+    "core": ("low_rank", "none"),
+    "moments": ("per_phase", "shared"),
+    "lr_curve": ("per_phase", "shared"),
+    "preset": ("ride_along", "paper"),
+}
+
+PAPER: dict[str, Any] = {
+    "schedule": "alternate",
+    "distill_weight": 0.0,
+    "distill_buffer": 0,
+    "moments": "shared",
+    "lr_curve": "shared",
+}
+
+
+@dataclass
+class MaskedArgumentsMixin:
+    """Joint training of a full network and its core. Mix it into any `TrainingArguments` subclass."""
+
+    core: str | None = field(
+        default=None,
+        metadata={
+            "help": "The small network trained inside the full one: 'low_rank', or 'none' for plain training. A model "
+            "that already went through add_core needs no value."
+        },
+    )
+    core_config: str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "JSON of the core's options, e.g. '{\"rank\": 0.125}': rank (int, or float as a fraction of "
+            "min(in, out)), rank_pattern, target_modules ('all-linear', names, or a regular expression), "
+            "exclude_modules, init (svd | random), coupling (free | shared), private (none | norms | biases | "
+            "embeddings | all), split_at, split_every."
+        },
+    )
+    preset: str = field(
+        default="ride_along",
+        metadata={
+            "help": "'ride_along': the default of every field below. 'paper': plain alternation of full and core steps "
+            "that share A and B (W = B A + R), as in Mohtashami et al. 2022: schedule alternate, coupling shared, "
+            "shared moments and learning-rate curve, no distillation."
+        },
+    )
+    schedule: str | dict[str, Any] = field(
+        default="ride_along",
+        metadata={
+            "help": "Which network each update step trains; a name or JSON such as '{\"name\": \"ride_along\", "
+            '"core_updates": 4.5, "start": 0.5}\'. ride_along: every step is an ordinary full update, and from `start` '
+            "(update step, or fraction of the run) on `core_updates` core updates follow it; alternate: `full_steps` "
+            "full, `core_steps` core; random: core with `probability`; sum: both losses in one update; "
+            "full_then_joint: `full_steps` full ones, then in turn; heal: in turn, the last `core_steps` core only; "
+            "core_only; full_only."
+        },
+    )
+    core_loss_weight: float = field(default=1.0, metadata={"help": "Factor of the core's loss, > 0."})
+    core_learning_rate_scale: float = field(
+        default=1.0, metadata={"help": "Learning rate of core updates over --learning_rate, > 0."}
+    )
+    distill_weight: float = field(
+        default=0.5,
+        metadata={
+            "help": "w in [0, 1] of the core's loss (1 - w) * label loss + w * divergence from the full network's "
+            "(detached) logits. It yields by itself as the core's label loss nears the full network's."
+        },
+    )
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature T > 0 of the divergence; it is multiplied by T^2."}
+    )
+    distill_buffer: int = field(
+        default=256,
+        metadata={
+            "help": "Under ride_along: how many of the last batches are kept in main memory, with the top-k logits that "
+            "the full updates computed anyway, for core updates to draw from. 0: the current batch only. Checkpoints "
+            "carry it as joint/replay.safetensors; its size is logged as distill_buffer_bytes."
+        },
+    )
+    distill_top_k: int = field(
+        default=64,
+        metadata={
+            "help": "How many logits per token the buffer keeps, >= 1; the rest counts as one class with their joint "
+            "probability."
+        },
+    )
+    moments: str | None = field(
+        default=None,
+        metadata={
+            "help": "'per_phase': core updates have an optimizer state of their own; 'shared': one state for both, which "
+            "matters for parameters that both train. Default: per_phase; shared for the schedule sum."
+        },
+    )
+    lr_curve: str = field(
+        default="per_phase",
+        metadata={
+            "help": "'per_phase': full and core each follow the learning-rate schedule over their own updates; 'shared': "
+            "both over the update steps of the run."
+        },
+    )
+    mask_seed: int = field(
+        default=0, metadata={"help": "Seed of everything that joint training draws: schedules, replay, core dropout."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        self._apply_preset()
+        for name, legal in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in legal and not (value is None and name in ("core", "moments")):
+                raise ValueError(f"got {name}={value!r}; needs one of {legal}; set --{name}")
+        if self.core == "none":
+            self.core = None
+        for name, least in (("distill_buffer", 0), ("distill_top_k", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"got {name}={value!r}; needs an integer >= {least}; set --{name}")
+        if not self.core_learning_rate_scale > 0:
+            raise ValueError(
+                f"got core_learning_rate_scale={self.core_learning_rate_scale}; needs a number > 0, because the core would "
+                "not move; set --core_learning_rate_scale"
+            )
+        schedule = make_schedule(self.schedule)
+        if isinstance(schedule, Sum) and self.moments == "per_phase":
+            raise ValueError(
+                "got moments='per_phase' with the schedule 'sum'; needs 'shared', because one update of both losses has "
+                "one optimizer state; set --moments shared"
+            )
+        self.make_plan()
+        self.make_core_config()
+
+    def _apply_preset(self) -> None:
+        if self.preset != "paper":
+            return
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, value in PAPER.items():
+            given = getattr(self, name)
+            if given not in (defaults[name], value):
+                raise ValueError(
+                    f"got {name}={given!r} with preset='paper'; needs {value!r}, because the preset fixes it; drop "
+                    f"--preset, or --{name}"
+                )
+            setattr(self, name, value)
+
+    def make_plan(self) -> Plan:
+        """The plan that the fields describe."""
+        core = Phase(
+            "core",
+            loss_weight=self.core_loss_weight,
+            distill_weight=self.distill_weight,
+            distill_temperature=self.distill_temperature,
+        )
+        return Plan(make_schedule(self.schedule), core=core)
+
+    def make_core_config(self) -> LowRankCoreConfig:
+        """The core's configuration that the fields describe."""
+        values = self.core_config
+        if isinstance(values, str):
+            config = LowRankCoreConfig.from_json(values)
+        else:
+            config = LowRankCoreConfig.from_dict(values or {})
+        if self.preset == "paper":
+            given = json.loads(values) if isinstance(values, str) else (values or {})
+            if given.get("coupling", "shared") != "shared":
+                raise ValueError("got coupling='free' with preset='paper'; needs 'shared', because W = B A + R there")
+            config.coupling = "shared"
+        return config
+
+
+@dataclass
+class MaskedTrainingArguments(MaskedArgumentsMixin, TrainingArguments):
+    """`TrainingArguments` with the fields of joint training.
+
+    >>> args = MaskedTrainingArguments("out", core="low_rank", core_config='{"rank": 8}', report_to="none")
+    >>> args.make_core_config().rank
+    8
+    """
+
+
+@dataclass
+class MaskedSeq2SeqTrainingArguments(MaskedArgumentsMixin, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with the fields of joint training."""

@@ -1,0 +1,158 @@
+"""What the core learns from the full network's logits: kept as top-k, compared as coarsened distributions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .types import Phase
+
+
+@dataclass
+class Teaching:
+    """The full network's answer to one microbatch.
+
+    Args:
+        values: the k largest logits of each position, (..., k).
+        indices: their classes, (..., k), int32.
+        rest: log-sum-exp of all other logits, (...); -inf where there are none. None where k covers every class.
+        loss: the full network's own loss on the microbatch, as Trainer scales it; a scalar.
+    """
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    rest: torch.Tensor | None
+    loss: torch.Tensor
+
+    @classmethod
+    def from_logits(cls, logits: torch.Tensor, top_k: int, temperature: float, loss: torch.Tensor) -> "Teaching":
+        """Keep the `top_k` largest of `logits` (..., classes), divided by the temperature.
+
+        Memory: 8 k + 4 bytes per position.
+        """
+        scaled = logits.detach().float() / temperature
+        k = min(top_k, scaled.shape[-1])
+        if k == scaled.shape[-1]:
+            order = torch.arange(k, dtype=torch.int32, device=scaled.device).expand(scaled.shape)
+            return cls(scaled, order.contiguous(), None, loss.detach())
+        values, indices = scaled.topk(k, dim=-1)
+        total, top = scaled.logsumexp(-1), values.logsumexp(-1)
+        return cls(values, indices.to(torch.int32), _log_difference(total, top), loss.detach())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name, for saving and counting."""
+        named = {"values": self.values, "indices": self.indices, "rest": self.rest, "loss": self.loss}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def to(self, device: torch.device | str) -> "Teaching":
+        """The same on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return Teaching(moved["values"], moved["indices"], moved.get("rest"), moved["loss"])
+
+
+def _log_difference(larger: torch.Tensor, smaller: torch.Tensor) -> torch.Tensor:
+    """log(exp(larger) - exp(smaller)), -inf where rounding leaves nothing."""
+    ratio = (smaller - larger).exp()
+    return larger + torch.log1p(-ratio.clamp(max=1.0))
+
+
+def divergence(student: torch.Tensor, teaching: Teaching, temperature: float) -> torch.Tensor:
+    """KL(teacher || student) per position, over the teacher's top-k classes and one class of all the others.
+
+        T^2 * sum_c q_c (log q_c - log p_c),   q = softmax(teacher / T),  p = softmax(student / T)
+
+    Args:
+        student: logits (..., classes).
+        teaching: of the same leading shape, its values divided by T already.
+        temperature: T > 0.
+
+    Returns: (...), >= 0; exact for k = classes, else a lower bound of the full divergence (merging classes cannot
+        raise it).
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+
+    >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
+    >>> divergence(logits, Teaching.from_logits(logits, 2, 1.0, torch.tensor(0.0)), 1.0).abs().item() < 1e-6
+    True
+    """
+    if teaching.values.shape[-1] > 1 or student.shape[-1] > 1:
+        scaled = student.float() / temperature
+        log_p = scaled.log_softmax(-1)
+        picked = log_p.gather(-1, teaching.indices.long())
+        if teaching.rest is None:
+            log_q = teaching.values.log_softmax(-1)
+            kl = (log_q.exp() * (log_q - picked)).sum(-1)
+        else:
+            total = torch.logaddexp(teaching.values.logsumexp(-1), teaching.rest)
+            log_q, log_q_rest = teaching.values - total[..., None], teaching.rest - total
+            # the student's share of the other classes, bounded away from log(0) where its top-k take everything
+            p_rest = (1 - picked.exp().sum(-1)).clamp(min=1e-6)
+            q_rest = log_q_rest.exp()
+            kl = (log_q.exp() * (log_q - picked)).sum(-1)
+            kl = kl + torch.where(q_rest > 0, q_rest * (log_q_rest - p_rest.log()), torch.zeros_like(q_rest))
+        return kl * temperature**2
+    # a single output is a regression: there is no distribution to compare
+    return F.mse_loss(student.float().squeeze(-1), temperature * teaching.values.squeeze(-1), reduction="none")
+
+
+def trained_positions(inputs: Mapping[str, Any], logits: torch.Tensor, shifted: bool) -> torch.Tensor | None:
+    """Which positions of `logits` (..., classes) the label loss looks at, as a bool mask, or None for all of them.
+
+    Args:
+        inputs: the batch, with `labels` (-100 where ignored) or `shift_labels`.
+        logits: of the model on that batch.
+        shifted: whether position i predicts label i + 1, as in causal language models.
+    """
+    labels = inputs.get("shift_labels", inputs.get("labels"))
+    if labels is None or labels.shape != logits.shape[:-1] or labels.is_floating_point():
+        return None
+    if shifted and "shift_labels" not in inputs:
+        labels = F.pad(labels[..., 1:], (0, 1), value=-100)
+    return labels != -100
+
+
+def yielding_weight(weight: float, core_loss: torch.Tensor, teacher_loss: torch.Tensor) -> torch.Tensor:
+    """The weight of the divergence, which yields as the core nears its teacher.
+
+        w * clamp((core_loss - teacher_loss) / (0.1 * teacher_loss), 0, 1)
+
+    Args: `weight` w in [0, 1]; both label losses on the same batch, scalars, detached here.
+
+    A teacher that knows no more than the core holds it back; at a gap of a tenth of the teacher's loss or more the
+    whole weight applies.
+    """
+    gap = core_loss.detach() - teacher_loss
+    return weight * (gap / (0.1 * teacher_loss.abs()).clamp(min=1e-6)).clamp(0.0, 1.0)
+
+
+def distill(
+    label_loss: torch.Tensor,
+    logits: torch.Tensor,
+    inputs: Mapping[str, Any],
+    teaching: Teaching,
+    phase: Phase,
+    shifted: bool,
+    num_items: torch.Tensor | float | None,
+) -> torch.Tensor:
+    """(1 - w) label loss + w divergence, the divergence averaged over the positions that the label loss looks at.
+
+    Args:
+        label_loss: of the core on this microbatch, a scalar.
+        logits: of the core, (..., classes).
+        inputs: the microbatch, for its labels.
+        teaching: the full network's answer to it.
+        phase: has w and T.
+        shifted: whether position i predicts label i + 1.
+        num_items: what the label loss was divided by, where it was: the positions of all microbatches of the update.
+    """
+    per_position = divergence(logits, teaching, phase.distill_temperature)
+    mask = trained_positions(inputs, logits, shifted)
+    if mask is None:
+        mean = per_position.mean()
+    else:
+        items = mask.sum().clamp(min=1) if num_items is None else num_items
+        mean = (per_position * mask).sum() / items
+    weight = yielding_weight(phase.distill_weight, label_loss, teaching.loss)
+    return (1 - weight) * label_loss + weight * mean

@@ -1,0 +1,160 @@
+"""What a checkpoint carries beyond Trainer's own files: `checkpoint-N/joint/`, safetensors and JSON.
+
+    weights.safetensors     every tensor of the core; with coupling "shared" also the full network's, A, B and R apart
+    optimizer.safetensors   the core optimizer's state, where it has one of its own
+    replay.safetensors      the replay buffer
+    state.json              everything that is no tensor, and what the checkpoint was made with
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .cores.base import Core
+from .replay import ReplayBuffer
+
+FOLDER = "joint"
+_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+def save_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
+    """Write every tensor that the export at the checkpoint's root does not hold exactly as it is trained."""
+    folder = Path(checkpoint) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().contiguous().clone() for k, v in _weights(full, core).items()}, folder / _WEIGHTS)
+    made_with = {"core_config": core.config.to_dict(), "ranks": _ranks(core)}
+    (folder / "core.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
+
+
+def check_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
+    """Refuse a checkpoint of another core before anything of it is read.
+
+    Raises: ValueError for one without a core, or of other ranks, another coupling, other names or shapes.
+    """
+    folder = Path(checkpoint) / FOLDER
+    if not (folder / _WEIGHTS).is_file() or not (folder / "core.json").is_file():
+        raise ValueError(
+            f"got the checkpoint {checkpoint}, which has no {FOLDER}/{_WEIGHTS}; needs one made with a core, because both "
+            "networks resume from it; drop --core, or name another checkpoint"
+        )
+    made_with = json.loads((folder / "core.json").read_text(encoding="utf-8"))
+    for what, mine, theirs in (
+        ("ranks", _ranks(core), made_with["ranks"]),
+        ("coupling", core.config.to_dict().get("coupling"), made_with["core_config"].get("coupling")),
+        ("private", core.config.to_dict().get("private"), made_with["core_config"].get("private")),
+    ):
+        if mine != theirs:
+            raise ValueError(
+                f"got the checkpoint {checkpoint} of a core with {what} {_short(theirs)}; needs {_short(mine)}, because its "
+                "tensors would not fit; set --core_config as it was, or name another checkpoint"
+            )
+
+
+def load_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
+    """Read what `save_weights` wrote, in place.
+
+    Raises: ValueError for missing, superfluous or misshapen tensors; nothing is changed then.
+    """
+    check_weights(full, core, checkpoint)
+    wanted = _weights(full, core)
+    stored = _read(Path(checkpoint) / FOLDER / _WEIGHTS)
+    wrong = sorted(set(wanted) ^ set(stored)) or [k for k, v in wanted.items() if v.shape != stored[k].shape]
+    if wrong:
+        raise ValueError(
+            f"got the checkpoint {checkpoint} whose {_WEIGHTS} differs at {wrong[:3]}; needs the tensors of this model, "
+            "because a half-loaded one would train on; it is of another architecture, or damaged"
+        )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(stored[name])
+
+
+def save_training(
+    checkpoint: str | Path, optimizer: torch.optim.Optimizer | None, scheduler: Any, replay: ReplayBuffer
+) -> None:
+    """Write the core's optimizer (None where Trainer's own holds it), its learning-rate schedule and the buffer."""
+    folder = Path(checkpoint) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    state: dict[str, Any] = {"scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}}
+    if optimizer is not None:
+        tensors, state["optimizer"] = _flatten(optimizer.state_dict())
+        save_file(tensors, folder / _OPTIMIZER)
+    replay.save(folder)
+    state["distill_buffer"] = {"batches": len(replay.batches), "bytes": replay.bytes}
+    (folder / _STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+
+def load_training(
+    checkpoint: str | Path, optimizer: torch.optim.Optimizer | None, scheduler: Any, replay: ReplayBuffer
+) -> None:
+    """Read what `save_training` wrote.
+
+    Raises: ValueError for a checkpoint without it, or with an optimizer state that does not fit.
+    """
+    folder = Path(checkpoint) / FOLDER
+    if not (folder / _STATE).is_file():
+        raise ValueError(
+            f"got the checkpoint {checkpoint} without {FOLDER}/{_STATE}; needs it to resume the core's updates where they "
+            "were; it was saved with --save_only_model, or is incomplete: name another checkpoint"
+        )
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    if (optimizer is not None) != ("optimizer" in state):
+        raise ValueError(f"got the checkpoint {checkpoint} made with other --moments; needs the same; set --moments")
+    scheduler.load_state_dict(state["scheduler"])
+    if optimizer is not None:
+        optimizer.load_state_dict(_unflatten(_read(folder / _OPTIMIZER), state["optimizer"]))
+    replay.load(folder)
+
+
+def _weights(full: nn.Module, core: Core) -> dict[str, torch.Tensor]:
+    """By name, each tensor once: all of the core's, and with coupling "shared" all of the full network's."""
+    named = {f"core.{name}": tensor for name, tensor in _tensors(core.model).items()}
+    if core.config.coupling == "shared":
+        mine = {id(t) for t in named.values()}
+        named |= {f"full.{name}": t for name, t in _tensors(full).items() if id(t) not in mine}
+    return named
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _ranks(core: Core) -> dict[str, int]:
+    return {path: site.rank for path, site in core.sites.items()}
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise ValueError(
+            f"got the unreadable file {file} ({error}); needs the safetensors that was saved there; it is damaged or cut "
+            "off: name another checkpoint"
+        ) from None
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by name, and the rest as JSON."""
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entry in state["state"].items():
+        values[str(index)] = {k: v for k, v in entry.items() if not isinstance(v, torch.Tensor)}
+        tensors |= {f"{index}.{k}": v.contiguous().clone() for k, v in entry.items() if isinstance(v, torch.Tensor)}
+    return tensors, {"values": values, "param_groups": state["param_groups"]}
+
+
+def _unflatten(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in rest["values"].items()}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state[int(index)][name] = tensor
+    return {"state": state, "param_groups": rest["param_groups"]}

@@ -1,0 +1,97 @@
+"""The core's optimizer and learning-rate curve, and how full and core take turns at them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .cores.base import Core, get_core
+from .plan import Plan
+
+
+@dataclass
+class Stepper:
+    """What one network's updates step: an optimizer (as accelerate prepared it) and its learning-rate schedule."""
+
+    optimizer: Any
+    scheduler: Any
+
+    def take_rates(self) -> None:
+        """Put this curve's current learning rates into the optimizer, which the other network may have used since."""
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+
+def add_core_parameters(optimizer: torch.optim.Optimizer, trainer: Trainer, core: Core, full: Any) -> None:
+    """Let the full network's optimizer hold the core's own parameters too: one state for both kinds of update."""
+    own = core.own_parameters(full)
+    decayed = set(trainer.get_decay_parameter_names(core.model))
+    for decay in (True, False):
+        members = [p for name, p in own.items() if (name in decayed) is decay]
+        if members:
+            optimizer.add_param_group({"params": members, "weight_decay": trainer.args.weight_decay if decay else 0.0})
+
+
+def make_core_optimizer(trainer: Trainer, create: Callable[[], Any]) -> Any:
+    """An optimizer over the core network, made by the trainer's own `create_optimizer` for it."""
+    full, held = trainer.model, trainer.optimizer
+    trainer.model, trainer.optimizer = get_core(full).model, None  # type: ignore[assignment]
+    try:
+        return create()
+    finally:
+        trainer.model, trainer.optimizer = full, held
+
+
+def make_core_scheduler(trainer: Trainer, create: Callable[[], Any], optimizer: Any, scale: float) -> Any:
+    """A learning-rate schedule for the core's updates, made by the trainer's own `create_scheduler`.
+
+    Args: `scale` multiplies every rate of it.
+    """
+    held, created = trainer.lr_scheduler, trainer._created_lr_scheduler
+    for group in optimizer.param_groups:
+        # a schedule already bound to this optimizer has left its warm-up rate there
+        group["lr"] = group.get("initial_lr", group["lr"])
+    trainer.lr_scheduler = None
+    try:
+        scheduler = create()
+    finally:
+        trainer.lr_scheduler, trainer._created_lr_scheduler = held, created
+    scheduler.base_lrs = [rate * scale for rate in scheduler.base_lrs]
+    scheduler._last_lr = [rate * scale for rate in scheduler._last_lr]
+    return scheduler
+
+
+def forget_moments(optimizer: Any, parameters: list[nn.Parameter]) -> None:
+    """Drop the optimizer state of these parameters, as after they were set anew."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for parameter in parameters:
+        inner.state.pop(parameter, None)
+
+
+def updates_of(plan: Plan, network: Any, max_steps: int, seed: int, curve: str) -> int:
+    """How many updates a network's learning-rate curve spans, at least 1."""
+    return max_steps if curve == "shared" else max(1, plan.count(network, max_steps, max_steps, seed))
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Refuse, before any training, what joint training would do wrongly.
+
+    Raises: ValueError.
+    """
+    args = trainer.args
+    reasons = {
+        "FSDP": (trainer.is_fsdp_enabled or bool(args.fsdp), "it would shard the full network without its core"),
+        "DeepSpeed": (trainer.is_deepspeed_enabled, "its engine steps one network only"),
+        "DataParallel": (args.n_gpu > 1, "its replicas have no core; use torchrun or accelerate launch"),
+        "model parallelism": (trainer.is_model_parallel, "the core would lie on one device"),
+        f"lr_scheduler_type={args.lr_scheduler_type}": (
+            str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy"),
+            "it follows one metric, and the core has another",
+        ),
+    }
+    for what, (applies, reason) in reasons.items():
+        if applies:
+            raise ValueError(f"got a core with {what}; needs a run without, because {reason}; drop --core or that option")

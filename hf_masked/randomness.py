@@ -1,0 +1,32 @@
+"""A random stream of its own for what must leave the global one alone."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def own_random_stream(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, Python, NumPy, torch and the device draw from streams seeded with `seed`; outside, nothing was drawn.
+
+    >>> torch.manual_seed(0).initial_seed()
+    0
+    >>> with own_random_stream(7, torch.device("cpu")):
+    ...     _ = torch.rand(3)
+    >>> torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(0)).item()
+    True
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

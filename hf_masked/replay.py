@@ -1,0 +1,115 @@
+"""The replay buffer: the last n batches of the full updates, with the logits that those computed anyway."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .distillation import Teaching
+from .types import StepInfo
+
+_FILE = "replay.safetensors"
+
+
+@dataclass
+class Microbatch:
+    """The inputs of one microbatch and what the full network said to it (None without distillation)."""
+
+    inputs: dict[str, Any]
+    teaching: Teaching | None
+
+    def to(self, device: torch.device | str) -> "Microbatch":
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()}
+        return Microbatch(moved, None if self.teaching is None else self.teaching.to(device))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {f"inputs.{k}": v for k, v in self.inputs.items()}
+        if self.teaching is not None:
+            named |= {f"teaching.{k}": v for k, v in self.teaching.tensors().items()}
+        return named
+
+
+@dataclass
+class Batch:
+    """The microbatches of one update step, and `num_items_in_batch` as Trainer counted it."""
+
+    microbatches: list[Microbatch]
+    num_items: torch.Tensor | None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        num_items = None if self.num_items is None else self.num_items.to(device)
+        return Batch([m.to(device) for m in self.microbatches], num_items)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {f"{i}.{k}": v for i, m in enumerate(self.microbatches) for k, v in m.tensors().items()}
+        return named if self.num_items is None else named | {"num_items": self.num_items}
+
+
+class ReplayBuffer:
+    """The last `capacity` batches, in main memory.
+
+    Args: `capacity` >= 0 batches; 0 keeps none.
+    """
+
+    def __init__(self, capacity: int):
+        self.batches: deque[Batch] = deque(maxlen=capacity)
+
+    def add(self, batch: Batch) -> None:
+        """Append a batch, dropping the oldest one of a full buffer.
+
+        Raises: TypeError for an input that is no tensor, which no checkpoint could carry.
+        """
+        for microbatch in batch.microbatches:
+            for name, value in microbatch.inputs.items():
+                if not isinstance(value, torch.Tensor):
+                    raise TypeError(
+                        f"got the input {name!r} of type {type(value).__name__}; needs tensors, because checkpoints carry "
+                        "the replay buffer as safetensors; set --distill_buffer 0"
+                    )
+        self.batches.append(batch.to("cpu"))
+
+    def draw(self, info: StepInfo) -> Batch:
+        """One batch, uniformly; the draw depends on (seed, step, update) alone."""
+        index = torch.randint(len(self.batches), (), generator=info.generator("replay")).item()
+        return self.batches[int(index)]
+
+    @property
+    def bytes(self) -> int:
+        """Size of everything kept."""
+        return sum(t.numel() * t.element_size() for batch in self.batches for t in batch.tensors().values())
+
+    def save(self, folder: Path) -> None:
+        """Write all batches as one safetensors file."""
+        named = {f"{n}.{k}": t for n, batch in enumerate(self.batches) for k, t in batch.tensors().items()}
+        save_file({k: t.contiguous().clone() for k, t in named.items()}, folder / _FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        named = load_file(folder / _FILE)
+        self.batches.clear()
+        for batch in _grouped(named.items()):
+            self.batches.append(_batch(batch))
+
+
+def _grouped(named: Iterable[tuple[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """"0.x", "0.y", "1.x" ... -> [{"x", "y"}, {"x"} ...]."""
+    groups: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in named:
+        number, _, rest = key.partition(".")
+        groups.setdefault(int(number), {})[rest] = tensor
+    return [groups[number] for number in sorted(groups)]
+
+
+def _batch(named: dict[str, torch.Tensor]) -> Batch:
+    num_items = named.pop("num_items", None)
+    microbatches = []
+    for group in _grouped(named.items()):
+        inputs = {k.removeprefix("inputs."): t for k, t in group.items() if k.startswith("inputs.")}
+        said = {k.removeprefix("teaching."): t for k, t in group.items() if k.startswith("teaching.")}
+        teaching = Teaching(said["values"], said["indices"], said.get("rest"), said["loss"]) if said else None
+        microbatches.append(Microbatch(inputs, teaching))
+    return Batch(microbatches, num_items)

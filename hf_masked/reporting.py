@@ -1,0 +1,104 @@
+"""Full and core side by side: in `evaluate()`, in `predict()`, and in every log row."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .cores import get_core
+from .randomness import own_random_stream
+from .types import StepInfo
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class JointReportingMixin(_Base):
+    """The evaluation and logging half of `MaskedTrainerMixin`."""
+
+    _evaluating_core = False
+    _core_seconds: tuple[str, float] | None = None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if not self._joint or self._evaluating_core or get_core(self.model).active_thread is not None:
+            return output
+        started = time.time()
+        with self._as_core():
+            core_output = super().evaluation_loop(
+                dataloader, f"{description} (core)", prediction_loss_only, ignore_keys, f"{metric_key_prefix}_core"
+            )
+        core_output.metrics.pop(f"{metric_key_prefix}_core_model_preparation_time", None)
+        output.metrics.update(core_output.metrics)
+        self._core_seconds = (metric_key_prefix, time.time() - started)
+        return output
+
+    @contextmanager
+    def _as_core(self) -> Iterator[None]:
+        """Trainer's evaluation sees the core as its model; no random number of the full network's run is drawn."""
+        core = get_core(self.model)
+        core.sync(self.model)
+        if self.accelerator.mixed_precision != "no" and "_original_forward" not in vars(core.model):
+            self.accelerator.prepare_model(core.model, evaluation_mode=True)
+        held = self.model, self.model_wrapped
+        self.model = self.model_wrapped = core.model
+        self._evaluating_core = True
+        seed = StepInfo(self.state.global_step, self.state.max_steps, self.args.mask_seed).random_seed("evaluation")
+        try:
+            with own_random_stream(seed, self.args.device):
+                yield
+        finally:
+            self._evaluating_core = False
+            self.model, self.model_wrapped = held
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().predict(*args, **kwargs)
+        self._split_runtime(output.metrics)
+        return output
+
+    def _split_runtime(self, metrics: dict[str, Any]) -> None:
+        """Give the full network's speed metrics without the seconds that the core took, and the core's own."""
+        if self._core_seconds is None:
+            return
+        prefix, seconds = self._core_seconds
+        runtime = metrics.get(f"{prefix}_runtime")
+        if runtime is None:
+            return
+        self._core_seconds = None
+        own = max(runtime - seconds, 1e-4)
+        metrics[f"{prefix}_runtime"] = round(own, 4)
+        metrics[f"{prefix}_core_runtime"] = round(seconds, 4)
+        for rate in ("samples_per_second", "steps_per_second"):
+            if (value := metrics.get(f"{prefix}_{rate}")) is not None:
+                metrics[f"{prefix}_{rate}"] = round(value * runtime / own, 3)
+                metrics[f"{prefix}_core_{rate}"] = round(value * runtime / max(seconds, 1e-4), 3)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if self._joint:
+            self._split_runtime(logs)
+            if "loss" in logs:
+                self._add_both_losses(logs)
+        super().log(logs, start_time)
+
+    def _add_both_losses(self, logs: dict[str, Any]) -> None:
+        mixed = self._meter.mixed
+        means = self._meter.read()
+        smooth = self._meter.smooth_loss(means)
+        if mixed and smooth is not None:
+            logs["loss"] = smooth
+            logs["learning_rate"] = self._full.scheduler.get_last_lr()[0]
+        logs.update(means)
+        if "loss_core" in means:
+            logs["learning_rate_core"] = self._core.scheduler.get_last_lr()[0]
+        logs["phase"] = self._meter.phase(means)
+        if self._replay.batches:
+            logs["distill_buffer_bytes"] = self._replay.bytes
