@@ -59,7 +59,7 @@ class MaskedArgumentsMixin:
     schedule: str | dict[str, Any] = field(
         default="ride_along",
         metadata={
-            "help": "Which network each update step trains; a name or JSON such as '{\"name\": \"ride_along\", "
+            "help": 'Which network each update step trains; a name or JSON such as \'{"name": "ride_along", '
             '"core_updates": 4.5, "start": 0.5}\'. ride_along: every step is an ordinary full update, and from `start` '
             "(update step, or fraction of the run) on `core_updates` core updates follow it; alternate: `full_steps` "
             "full, `core_steps` core; random: core with `probability`; sum: both losses in one update; "

@@ -70,13 +70,13 @@ def merge_full(model: PreTrainedModel) -> PreTrainedModel:
     return merged
 
 
-def _put_dense(
-    model: nn.Module, path: str, weight: torch.Tensor, bias: nn.Parameter | None, transposed: bool
-) -> None:
+def _put_dense(model: nn.Module, path: str, weight: torch.Tensor, bias: nn.Parameter | None, transposed: bool) -> None:
     parent, name = parent_and_name(model, path)
     out_features, in_features = weight.shape
     with torch.device("meta"):
-        dense = Conv1D(out_features, in_features) if transposed else nn.Linear(in_features, out_features, bias is not None)
+        dense = (
+            Conv1D(out_features, in_features) if transposed else nn.Linear(in_features, out_features, bias is not None)
+        )
     dense.weight = nn.Parameter((weight.T if transposed else weight).detach().contiguous())
     dense.bias = bias
     dense.train(parent.training)
@@ -185,5 +185,3 @@ def _swap_in(staging: Path, target: Path) -> None:
 def folder_bytes(folder: str | os.PathLike[str]) -> int:
     """Bytes of the weights that lie directly in a folder."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
-

@@ -1,9 +1,9 @@
 """What a checkpoint carries beyond Trainer's own files: `checkpoint-N/joint/`, safetensors and JSON.
 
-    weights.safetensors     every tensor of the core; with coupling "shared" also the full network's, A, B and R apart
-    optimizer.safetensors   the core optimizer's state, where it has one of its own
-    replay.safetensors      the replay buffer
-    state.json              everything that is no tensor, and what the checkpoint was made with
+weights.safetensors     every tensor of the core; with coupling "shared" also the full network's, A, B and R apart
+optimizer.safetensors   the core optimizer's state, where it has one of its own
+replay.safetensors      the replay buffer
+state.json              everything that is no tensor, and what the checkpoint was made with
 """
 
 import json

@@ -6,6 +6,7 @@ no quantized model, but that is the extension point for "the same class with oth
 casts, trains, saves and takes an adapter like any model.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,9 @@ class LowRankFormat(QuantizationConfigMixin):
     Raises: ValueError for another version, or for ranks that are not positive integers.
     """
 
-    def __init__(self, ranks: Mapping[str, int], version: int = VERSION, quant_method: str = QUANT_METHOD, **unknown: Any):
+    def __init__(
+        self, ranks: Mapping[str, int], version: int = VERSION, quant_method: str = QUANT_METHOD, **unknown: Any
+    ):
         if version != VERSION:
             raise ValueError(
                 f"got a core of format version {version!r}; needs {VERSION}, because that is what this hf_masked reads; "
@@ -104,7 +107,9 @@ def _replace(model: PreTrainedModel, path: str, rank: int) -> None:
     parent, name = parent_and_name(model, path)
     dense = parent.get_submodule(name)
     if type(dense) not in (nn.Linear, Conv1D):
-        raise ValueError(f"got a core whose config names {path!r}, a {type(dense).__name__}; needs a linear layer there")
+        raise ValueError(
+            f"got a core whose config names {path!r}, a {type(dense).__name__}; needs a linear layer there"
+        )
     out_features, in_features = dense.weight.shape[::-1] if isinstance(dense, Conv1D) else dense.weight.shape
     if rank > min(in_features, out_features):
         raise ValueError(
@@ -117,21 +122,24 @@ def _replace(model: PreTrainedModel, path: str, rank: int) -> None:
 
 
 def _check_files(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
-    """Every factor must be in the files with its shape, before anything is loaded: transformers would only warn."""
-    stored: dict[str, tuple[int, ...]] = {}
+    """Every factor must be in the files, before anything is loaded: transformers would make up a missing one.
+
+    Names are compared by their end and shape only, since transformers stores some architectures under older names.
+    """
+    stored: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for file in checkpoint_files:
         with safe_open(file, framework="pt") as tensors:
-            stored.update({key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()})  # noqa: SIM118
-    prefix = f"{model.base_model_prefix}."
-    for path, module in model.named_modules():
-        if not isinstance(module, FactorizedLinear):
-            continue
-        for name, parameter in module.named_parameters():
-            key = f"{path}.{name}"
-            found = next((stored[k] for k in (key, prefix + key, key.removeprefix(prefix)) if k in stored), None)
-            if found != tuple(parameter.shape):
-                raise ValueError(
-                    f"got {'no tensor' if found is None else f'shape {found}'} for {key} in the core's files; needs shape "
-                    f"{tuple(parameter.shape)}, because the config gives this layer rank {module.rank}; its files are of "
-                    "another core, or incomplete: export it again"
-                )
+            stored.update((_end(key), tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys())  # noqa: SIM118
+    factors = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
+    wanted = Counter((_end(f"{n}.weight"), tuple(getattr(m, n).weight.shape)) for m in factors for n in ("A", "B"))
+    if missing := wanted - stored:
+        (end, shape), count = next(iter(missing.items()))
+        raise ValueError(
+            f"got {stored[end, shape]} tensors ...{end} of shape {shape} in the core's files; needs "
+            f"{stored[end, shape] + count}, because its config gives so many layers that rank; the files are of another "
+            "core, or incomplete: export it again"
+        )
+
+
+def _end(key: str) -> str:
+    return ".".join(key.split(".")[-2:])

@@ -47,7 +47,7 @@ class LossMeter:
 
     @staticmethod
     def phase(means: dict[str, float]) -> str:
-        """"full", "core" or "full+core"."""
+        """ "full", "core" or "full+core"."""
         return "+".join(name for name in ("full", "core") if f"loss_{name}" in means)
 
 

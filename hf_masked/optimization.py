@@ -18,9 +18,15 @@ class Stepper:
 
     optimizer: Any
     scheduler: Any
+    rate: float = 0.0
+
+    def note_rate(self) -> None:
+        """Remember the learning rate of the update about to be made, for the log."""
+        self.rate = float(self.scheduler.get_last_lr()[0])
 
     def take_rates(self) -> None:
         """Put this curve's current learning rates into the optimizer, which the other network may have used since."""
+        self.note_rate()
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
@@ -88,10 +94,13 @@ def refuse_unsupported(trainer: Trainer) -> None:
         "DataParallel": (args.n_gpu > 1, "its replicas have no core; use torchrun or accelerate launch"),
         "model parallelism": (trainer.is_model_parallel, "the core would lie on one device"),
         f"lr_scheduler_type={args.lr_scheduler_type}": (
-            str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy"),
+            str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+            in ("reduce_lr_on_plateau", "greedy"),
             "it follows one metric, and the core has another",
         ),
     }
     for what, (applies, reason) in reasons.items():
         if applies:
-            raise ValueError(f"got a core with {what}; needs a run without, because {reason}; drop --core or that option")
+            raise ValueError(
+                f"got a core with {what}; needs a run without, because {reason}; drop --core or that option"
+            )

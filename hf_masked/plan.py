@@ -28,7 +28,9 @@ class Plan:
     def __post_init__(self) -> None:
         for name, phase in (("full", self.full), ("core", self.core)):
             if phase.network != name:
-                raise ValueError(f"got a phase of the network {phase.network!r} as {name}=; needs Phase({name!r}, ...)")
+                raise ValueError(
+                    f"got a phase of the network {phase.network!r} as {name}=; needs Phase({name!r}, ...)"
+                )
 
     def phases(self, info: StepInfo) -> tuple[Phase, ...]:
         """The phases of update step `info.step`, the first on the trainer's own batch."""
@@ -38,9 +40,7 @@ class Plan:
     def count(self, network: Network, until: int, max_steps: int, seed: int) -> int:
         """How many updates train `network` in the steps 0 ... until - 1 (a "sum" update trains both)."""
         wanted = {network, "sum"}
-        return sum(
-            len([n for n in self.schedule(StepInfo(t, max_steps, seed)) if n in wanted]) for t in range(until)
-        )
+        return sum(len([n for n in self.schedule(StepInfo(t, max_steps, seed)) if n in wanted]) for t in range(until))
 
     def validate(self, max_steps: int, seed: int) -> None:
         """Refuse a plan that cannot do what it says.

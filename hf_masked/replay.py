@@ -96,7 +96,7 @@ class ReplayBuffer:
 
 
 def _grouped(named: Iterable[tuple[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """"0.x", "0.y", "1.x" ... -> [{"x", "y"}, {"x"} ...]."""
+    """ "0.x", "0.y", "1.x" ... -> [{"x", "y"}, {"x"} ...]."""
     groups: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in named:
         number, _, rest = key.partition(".")

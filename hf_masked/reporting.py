@@ -95,10 +95,10 @@ class JointReportingMixin(_Base):
         smooth = self._meter.smooth_loss(means)
         if mixed and smooth is not None:
             logs["loss"] = smooth
-            logs["learning_rate"] = self._full.scheduler.get_last_lr()[0]
+            logs["learning_rate"] = self._full.rate
         logs.update(means)
         if "loss_core" in means:
-            logs["learning_rate_core"] = self._core.scheduler.get_last_lr()[0]
+            logs["learning_rate_core"] = self._core.rate
         logs["phase"] = self._meter.phase(means)
         if self._replay.batches:
             logs["distill_buffer_bytes"] = self._replay.bytes

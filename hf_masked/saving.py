@@ -96,7 +96,9 @@ class JointSavingMixin(_Base):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self._joint and self.is_world_process_zero():
-            add_core_section(Path(self.args.output_dir, "README.md"), self.model, self.state.log_history, self.hub_model_id)
+            add_core_section(
+                Path(self.args.output_dir, "README.md"), self.model, self.state.log_history, self.hub_model_id
+            )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """A checkpoint is an export already: push what of it is a product, straight from where it lies."""

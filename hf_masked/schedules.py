@@ -24,7 +24,7 @@ def _check(condition: bool, schedule: str, option: str, value: object, rule: str
     if not condition:
         raise ValueError(
             f"got {option}={value!r} for the schedule {schedule!r}; needs {rule}, because {reason}; "
-            f"set it in --schedule '{{\"name\": \"{schedule}\", \"{option}\": ...}}'"
+            f'set it in --schedule \'{{"name": "{schedule}", "{option}": ...}}\''
         )
 
 

@@ -236,6 +236,9 @@ class MaskedTrainerMixin(JointReportingMixin, JointSavingMixin):
             self._core.take_rates()
         elif self._one_state():
             self._full.take_rates()
+            self._core.note_rate()
+        else:
+            self._full.note_rate()
 
     def _forward_backward(
         self, model: Any, inputs: Any, num_items: Any, phase: Phase, network: str, teaching: Teaching | None = None
@@ -255,7 +258,12 @@ class MaskedTrainerMixin(JointReportingMixin, JointSavingMixin):
         return loss
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
     ) -> Any:
         under_way = self._pass
         kwargs["num_items_in_batch"] = num_items_in_batch
@@ -263,6 +271,8 @@ class MaskedTrainerMixin(JointReportingMixin, JointSavingMixin):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         batch = dict(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if self.plan.core.distill_weight > 0:
+            self._logits_of(outputs)
         if under_way.network == "full":
             if under_way.keep_teaching:
                 self._keep(batch, outputs, loss, num_items_in_batch)

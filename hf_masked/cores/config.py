@@ -56,7 +56,9 @@ class LowRankCoreConfig:
             )
             _require(legal, where, rank, "an integer >= 1, or a float in (0.0, 1.0]",
                      "a float is read as a fraction of min(in_features, out_features)")  # fmt: skip
-        _require(self.init in ("svd", "random"), "init", self.init, "'svd' or 'random'", "A and B start as one of them")
+        _require(
+            self.init in ("svd", "random"), "init", self.init, "'svd' or 'random'", "A and B start as one of them"
+        )
         _require(self.coupling in ("free", "shared"), "coupling", self.coupling, "'free' or 'shared'",
                  "W is its own parameter, or B A + R")  # fmt: skip
         _require(self.private is None or self.private in PRIVATE, "private", self.private, f"one of {PRIVATE}",

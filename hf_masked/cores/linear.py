@@ -33,11 +33,9 @@ class FactorizedLinear(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """An empty tensor of the right dtype and device: some models ask a linear for those and use no more of it."""
-        return self.B.weight.new_empty(0)
+        # Some models ask a linear layer's weight for its dtype. And on disk, an empty tensor under that name makes stock
+        # transformers refuse the file for its shape, where it would otherwise make up a random dense weight.
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
     @property
     def bias(self) -> nn.Parameter | None:

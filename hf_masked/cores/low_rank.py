@@ -83,8 +83,11 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
     reasons = {
         "it already has a core": has_core(model),
         "it is quantized": bool(getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None)),
-        "it is the core of another model": any(isinstance(m, FactorizedLinear | MergedLinear) for m in model.modules()),
-        "it is wrapped by PEFT": hasattr(model, "peft_config") or bool(getattr(model, "_hf_peft_config_loaded", False)),
+        "it is the core of another model": any(
+            isinstance(m, FactorizedLinear | MergedLinear) for m in model.modules()
+        ),
+        "it is wrapped by PEFT": hasattr(model, "peft_config")
+        or bool(getattr(model, "_hf_peft_config_loaded", False)),
     }
     for reason, applies in reasons.items():
         if applies:
@@ -119,6 +122,7 @@ def _factorize(clone: PreTrainedModel, path: str, site: Site, config: LowRankCor
     with torch.device("meta"):
         factors = FactorizedLinear(site.in_features, site.out_features, site.rank, bias=False)
     factors.A.weight, factors.B.weight = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
+    factors.weight = A.new_empty(0)
     factors.B.bias = dense.bias
     factors.train(dense.training)
     setattr(parent, name, factors)

@@ -66,11 +66,13 @@ def _no_match(what: str, linear: dict[str, nn.Module]) -> str:
 
 
 def _output_heads(model: PreTrainedModel) -> set[str]:
-    output = model.get_output_embeddings()
+    """Modules that make the output: what stands outside the base model, the output embeddings, a classifier."""
+    output, base = model.get_output_embeddings(), f"{model.base_model_prefix}."
+    has_base = model.base_model is not model
     return {
         name
         for name, module in model.named_modules()
-        if module is output or name.partition(".")[0] in CLASSIFIER_HEADS
+        if module is output or (has_base and not name.startswith(base)) or name.partition(".")[0] in CLASSIFIER_HEADS
     }
 
 
