@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .cores.base import get_core, has_core, parent_and_name, unwrap
+from .cores.base import get_core, has_core, linear_at, parent_and_name, unwrap
 from .cores.linear import MergedLinear
 from .loading import LowRankFormat
 
@@ -48,7 +48,7 @@ def extract_core(model: PreTrainedModel, core_format: CoreFormat = "factorized")
         extracted.config.quantization_config = LowRankFormat(ranks)
         return extracted
     for path, site in core.sites.items():
-        factors = extracted.get_submodule(path)
+        factors = linear_at(extracted, path)
         _put_dense(extracted, path, factors.dense_weight(), factors.bias, site.transposed)
     return extracted
 
@@ -65,7 +65,7 @@ def merge_full(model: PreTrainedModel) -> PreTrainedModel:
     merged = copy.deepcopy(full, {id(core): None})
     for path, module in list(merged.named_modules()):
         if isinstance(module, MergedLinear):
-            weight = module.weight.T if module.transposed else module.weight
+            weight = module.dense_weight()
             _put_dense(merged, path, weight, module.bias, module.transposed)
     return merged
 

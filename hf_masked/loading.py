@@ -52,7 +52,7 @@ class LowRankFormat(QuantizationConfigMixin):
         )
         if not valid or not ranks:
             raise ValueError("got ranks in the core's config that are no {module path: integer >= 1}; export it again")
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.version = version
         self.ranks = dict(ranks)
 
@@ -82,7 +82,7 @@ class LowRankLoader(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         del model.hf_quantizer, model.quantization_method
-        model.is_quantized = False
+        setattr(model, "is_quantized", False)  # noqa: B010 (an nn.Module declares no plain attributes)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
@@ -105,7 +105,7 @@ def _local_path(model: PreTrainedModel, path: str) -> str | None:
 
 def _replace(model: PreTrainedModel, path: str, rank: int) -> None:
     parent, name = parent_and_name(model, path)
-    dense = parent.get_submodule(name)
+    dense: Any = parent.get_submodule(name)
     if type(dense) not in (nn.Linear, Conv1D):
         raise ValueError(
             f"got a core whose config names {path!r}, a {type(dense).__name__}; needs a linear layer there"

@@ -54,13 +54,15 @@ class LossMeter:
 class JointProgressCallback(ProgressCallback):
     """Trainer's progress bar with the losses of both networks beside it, in place of a printed line per log row."""
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         bar = self.prediction_bar
         if bar is not None and bar.total is not None and bar.n >= bar.total:
             # the second network is being evaluated on the same batches
             bar.close()
             self.prediction_bar = None
-        super().on_prediction_step(args, state, control, **kwargs)
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}

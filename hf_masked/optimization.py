@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 
 from .cores.base import Core, get_core
 from .plan import Plan
+from .schedules import resolve_step
+from .types import Network, Schedule
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Stepper:
             group["lr"] = rate
 
 
-def add_core_parameters(optimizer: torch.optim.Optimizer, trainer: Trainer, core: Core, full: Any) -> None:
+def add_core_parameters(optimizer: torch.optim.Optimizer, trainer: Any, core: Core, full: Any) -> None:
     """Let the full network's optimizer hold the core's own parameters too: one state for both kinds of update."""
     own = core.own_parameters(full)
     decayed = set(trainer.get_decay_parameter_names(core.model))
@@ -41,17 +42,17 @@ def add_core_parameters(optimizer: torch.optim.Optimizer, trainer: Trainer, core
             optimizer.add_param_group({"params": members, "weight_decay": trainer.args.weight_decay if decay else 0.0})
 
 
-def make_core_optimizer(trainer: Trainer, create: Callable[[], Any]) -> Any:
+def make_core_optimizer(trainer: Any, create: Callable[[], Any]) -> Any:
     """An optimizer over the core network, made by the trainer's own `create_optimizer` for it."""
     full, held = trainer.model, trainer.optimizer
-    trainer.model, trainer.optimizer = get_core(full).model, None  # type: ignore[assignment]
+    trainer.model, trainer.optimizer = get_core(full).model, None
     try:
         return create()
     finally:
         trainer.model, trainer.optimizer = full, held
 
 
-def make_core_scheduler(trainer: Trainer, create: Callable[[], Any], optimizer: Any, scale: float) -> Any:
+def make_core_scheduler(trainer: Any, create: Callable[[], Any], optimizer: Any, scale: float) -> Any:
     """A learning-rate schedule for the core's updates, made by the trainer's own `create_scheduler`.
 
     Args: `scale` multiplies every rate of it.
@@ -77,12 +78,22 @@ def forget_moments(optimizer: Any, parameters: list[nn.Parameter]) -> None:
         inner.state.pop(parameter, None)
 
 
-def updates_of(plan: Plan, network: Any, max_steps: int, seed: int, curve: str) -> int:
+def updates_of(plan: Plan, network: Network, max_steps: int, seed: int, curve: str) -> int:
     """How many updates a network's learning-rate curve spans, at least 1."""
     return max_steps if curve == "shared" else max(1, plan.count(network, max_steps, max_steps, seed))
 
 
-def refuse_unsupported(trainer: Trainer) -> None:
+def split_steps(config: Any, schedule: Schedule, max_steps: int) -> set[int]:
+    """The update steps before which the core is split anew from the full network."""
+    if config.split_at is None and config.split_every is None:
+        step = schedule.split_step(max_steps)
+        return set() if step is None else {step}
+    given = config.split_at if isinstance(config.split_at, list) else [config.split_at]
+    steps = {resolve_step(at, max_steps) for at in given if at is not None}
+    return steps | (set(range(config.split_every, max_steps, config.split_every)) if config.split_every else set())
+
+
+def refuse_unsupported(trainer: Any) -> None:
     """Refuse, before any training, what joint training would do wrongly.
 
     Raises: ValueError.

@@ -3,19 +3,15 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .cores import get_core
+from .hooks import JointHooks
 from .randomness import own_random_stream
 from .types import StepInfo
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
 
-
-class JointReportingMixin(_Base):
+class JointReportingMixin(JointHooks):
     """The evaluation and logging half of `MaskedTrainerMixin`."""
 
     _evaluating_core = False
@@ -29,12 +25,14 @@ class JointReportingMixin(_Base):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         if not self._joint or self._evaluating_core or get_core(self.model).active_thread is not None:
             return output
         started = time.time()
         with self._as_core():
-            core_output = super().evaluation_loop(
+            core_output: Any = super().evaluation_loop(
                 dataloader, f"{description} (core)", prediction_loss_only, ignore_keys, f"{metric_key_prefix}_core"
             )
         core_output.metrics.pop(f"{metric_key_prefix}_core_model_preparation_time", None)
@@ -61,7 +59,7 @@ class JointReportingMixin(_Base):
             self.model, self.model_wrapped = held
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().predict(*args, **kwargs)
+        output: Any = super().predict(*args, **kwargs)
         self._split_runtime(output.metrics)
         return output
 

@@ -4,33 +4,25 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
 from . import joint_state
 from .cores import get_core
-from .export import check_writable, export
+from .export import export
+from .hooks import JointHooks
 from .model_card import add_core_section
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
 
 logger = logging.getLogger(__name__)
 # what a pushed folder leaves out: what only resuming needs
 _NOT_A_PRODUCT = ["_*", ".export-*", "checkpoint-*", "joint/*", "*.pt", "*.pth", "*.bin"]
 
 
-class JointSavingMixin(_Base):
+class JointSavingMixin(JointHooks):
     """The saving and loading half of `MaskedTrainerMixin`."""
 
     _in_checkpoint = False
-
-    def _check_output_folder(self) -> None:
-        if self.args.should_save and self.args.output_dir is not None:
-            check_writable(self.args.output_dir)
 
     # ---- saving ----
 
@@ -79,7 +71,7 @@ class JointSavingMixin(_Base):
     def _load_best_model(self) -> None:
         if not self._joint:
             return super()._load_best_model()
-        best = self.state.best_model_checkpoint
+        best = str(self.state.best_model_checkpoint)
         core = get_core(self.model)
         if core.config.coupling == "free":
             super()._load_best_model()

@@ -74,7 +74,8 @@ class RideAlong:
         if ridden < 0:
             return ("full",)
         count = math.floor((ridden + 1) * self.core_updates) - math.floor(ridden * self.core_updates)
-        return ("full", *(("core",) * count))
+        core: Network = "core"
+        return ("full", *(core for _ in range(count)))
 
     def split_step(self, max_steps: int) -> int | None:
         return resolve_step(self.start, max_steps)

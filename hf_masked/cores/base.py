@@ -60,7 +60,7 @@ class Core:
         """Bring the core to the full network's device and dtype, and tie again what `.to()` has torn apart."""
         reference, own = _first_parameter(full), _first_parameter(self.model)
         if own.device != reference.device or own.dtype != reference.dtype:
-            self.model.to(device=reference.device, dtype=reference.dtype)
+            nn.Module.to(self.model, device=reference.device, dtype=reference.dtype)
         for full_parameter, core_parameter in self.frozen:
             core_parameter.data = full_parameter.data
 
@@ -152,6 +152,11 @@ def core_mode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     finally:
         full.__dict__.update(saved)
         core.active_thread = None
+
+
+def linear_at(model: nn.Module, path: str) -> Any:
+    """The linear module at a path, dense, factorised or merged: typed by what it is asked for."""
+    return model.get_submodule(path)
 
 
 def parent_and_name(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -80,6 +80,10 @@ class MergedLinear(nn.Module):
         left, right = (self.A.T, self.B.T) if self.transposed else (self.B, self.A)
         return torch.addmm(self.R, left, right)
 
+    def dense_weight(self) -> torch.Tensor:
+        """B A + R, (out_features, in_features)."""
+        return self.weight.T if self.transposed else self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             # autocast leaves addmm's sum in low precision, so W would be rounded before R's own cast

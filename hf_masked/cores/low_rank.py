@@ -12,6 +12,7 @@ from .base import (
     clone_structure,
     get_core,
     has_core,
+    linear_at,
     parameter_sites,
     parent_and_name,
     tied_parameters,
@@ -26,7 +27,7 @@ def add_low_rank_core(model: PreTrainedModel, config: LowRankCoreConfig) -> None
     _refuse_unfit(model)
     sites = find_sites(model, config)
     tied = tied_parameters(model)
-    weights = {path: model.get_submodule(path).weight for path in sites}
+    weights = {path: linear_at(model, path).weight for path in sites}
     for path, weight in weights.items():
         if id(weight) in tied:
             raise ValueError(
@@ -48,19 +49,22 @@ def add_low_rank_core(model: PreTrainedModel, config: LowRankCoreConfig) -> None
     attach_core(model, core)
 
 
-def split(model: PreTrainedModel) -> None:
+def split(model: PreTrainedModel) -> list[nn.Parameter]:
     """Make the core the best rank-r part of the full network as it is now; the full network is unchanged.
 
     Every target gets A, B from the truncated SVD of the full weight; private copies become the full network's values.
     With coupling "shared", R takes up the difference, so the full network changes by rounding only.
 
+    Returns: the core's parameters that are new, so whose optimizer state is void.
+
     Cost: one SVD per target.
     """
     core = get_core(model)
+    renewed = list(core.own_parameters(model).values())
     full_values = {(path, name): p for _, path, name, p in parameter_sites(model)}
     with torch.no_grad():
         for path, site in core.sites.items():
-            target, factors = model.get_submodule(path), core.model.get_submodule(path)
+            target, factors = linear_at(model, path), linear_at(core.model, path)
             weight = target.weight.detach().T if site.transposed else target.weight.detach()
             A, B = best_rank_r(weight, site.rank)
             if core.config.coupling == "shared":
@@ -68,6 +72,7 @@ def split(model: PreTrainedModel) -> None:
                 target.R.copy_(remainder.T if site.transposed else remainder)
             factors.A.weight.copy_(A)
             factors.B.weight.copy_(B)
+            renewed += [factors.A.weight, factors.B.weight]
             if factors.bias is not None:
                 factors.bias.copy_(target.bias)
         for _, path, name, parameter in parameter_sites(core.model):
@@ -77,6 +82,7 @@ def split(model: PreTrainedModel) -> None:
         for name, buffer in model.named_buffers():
             if name in core_buffers:
                 core_buffers[name].copy_(buffer)
+    return renewed
 
 
 def _refuse_unfit(model: PreTrainedModel) -> None:
@@ -112,7 +118,7 @@ def _private_ids(model: PreTrainedModel, which: str) -> set[int]:
 def _factorize(clone: PreTrainedModel, path: str, site: Site, config: LowRankCoreConfig) -> FactorizedLinear:
     """Put the factors of a target into the core network; the bias object stays what the clone made of it."""
     parent, name = parent_and_name(clone, path)
-    dense = parent.get_submodule(name)
+    dense = linear_at(parent, name)
     weight = dense.weight.detach().T if site.transposed else dense.weight.detach()
     if config.init == "svd":
         A, B = best_rank_r(weight, site.rank)
@@ -132,7 +138,7 @@ def _factorize(clone: PreTrainedModel, path: str, site: Site, config: LowRankCor
 def _share(model: PreTrainedModel, path: str, site: Site, factors: FactorizedLinear) -> None:
     """Write the full network's W as B A + R, A and B being the core's own parameter objects."""
     parent, name = parent_and_name(model, path)
-    dense = parent.get_submodule(name)
+    dense = linear_at(parent, name)
     product = factors.dense_weight().detach()
     remainder = nn.Parameter(dense.weight.detach() - (product.T if site.transposed else product))
     merged = MergedLinear(remainder, factors, dense.bias, site.transposed)

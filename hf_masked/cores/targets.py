@@ -1,5 +1,6 @@
 """Which linear maps of a model a core replaces: PEFT's target semantics, and what is refused."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -10,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from .base import Site
 from .config import LowRankCoreConfig
 
+# exactly these: a subclass may use its weight in another way than its forward does
+_CONVERTED = (nn.Linear, Conv1D)
 # PEFT leaves these classifier heads alone too; their name is a convention of transformers, not a rule
 CLASSIFIER_HEADS = ("score", "classifier")
 
@@ -20,7 +23,7 @@ def find_sites(model: PreTrainedModel, config: LowRankCoreConfig) -> dict[str, S
     Raises: ValueError for a target that matches nothing or is no linear layer, for a rank that is too large, and for
         mixture-of-experts weights that a core could not make smaller.
     """
-    linear = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and type(m) in _CONVERTED}
     if config.target_modules == "all-linear":
         heads = _output_heads(model)
         wanted = [n for n in linear if n not in heads and not _excluded(n, config)]
@@ -60,7 +63,7 @@ def _excluded(path: str, config: LowRankCoreConfig) -> bool:
     )
 
 
-def _no_match(what: str, linear: dict[str, nn.Module]) -> str:
+def _no_match(what: str, linear: Mapping[str, nn.Module]) -> str:
     known = sorted({name.rpartition(".")[2] for name in linear})
     return f"got {what}, which matches no linear layer; needs names among {known}; set target_modules in --core_config"
 
@@ -88,7 +91,7 @@ def _refuse_experts(model: PreTrainedModel, config: LowRankCoreConfig) -> None:
                 )
 
 
-def _site(path: str, module: nn.Module, config: LowRankCoreConfig) -> Site:
+def _site(path: str, module: nn.Linear | Conv1D, config: LowRankCoreConfig) -> Site:
     transposed = isinstance(module, Conv1D)
     shape = module.weight.shape[::-1] if transposed else module.weight.shape
     out_features, in_features = int(shape[0]), int(shape[1])
