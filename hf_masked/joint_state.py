@@ -7,6 +7,7 @@ state.json              everything that is no tensor, and what the checkpoint wa
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .cores.base import Core
+from .meters import LossMeter
 from .replay import ReplayBuffer
 
 FOLDER = "joint"
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass
+class CoreTraining:
+    """How far the core's updates have come: its optimizer (None where Trainer's own holds it), learning-rate curve,
+    replay buffer, and what was measured since the last log row."""
+
+    optimizer: Any
+    scheduler: Any
+    replay: ReplayBuffer
+    meter: LossMeter
 
 
 def save_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
@@ -73,27 +86,23 @@ def load_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
             tensor.copy_(stored[name])
 
 
-def save_training(
-    checkpoint: str | Path, optimizer: torch.optim.Optimizer | None, scheduler: Any, replay: ReplayBuffer
-) -> None:
-    """Write the core's optimizer (None where Trainer's own holds it), its learning-rate schedule and the buffer."""
+def save_training(checkpoint: str | Path, training: CoreTraining) -> None:
+    """Write how far the core's updates have come."""
     folder = Path(checkpoint) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    state: dict[str, Any] = {"scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}}
-    if optimizer is not None:
-        tensors, state["optimizer"] = _flatten(optimizer.state_dict())
+    state: dict[str, Any] = {"scheduler": training.scheduler.state_dict(), "meter": training.meter.state_dict()}
+    if training.optimizer is not None:
+        tensors, state["optimizer"] = _flatten(training.optimizer.state_dict())
         save_file(tensors, folder / _OPTIMIZER)
-    replay.save(folder)
-    state["distill_buffer"] = {"batches": len(replay.batches), "bytes": replay.bytes}
+    training.replay.save(folder)
+    state["distill_buffer"] = {"batches": len(training.replay.batches), "bytes": training.replay.bytes}
     (folder / _STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
-def load_training(
-    checkpoint: str | Path, optimizer: torch.optim.Optimizer | None, scheduler: Any, replay: ReplayBuffer
-) -> None:
-    """Read what `save_training` wrote.
+def load_training(checkpoint: str | Path, training: CoreTraining, device: torch.device) -> None:
+    """Read what `save_training` wrote, in place.
 
-    Raises: ValueError for a checkpoint without it, or with an optimizer state that does not fit.
+    Raises: ValueError for a checkpoint without it, or made with other moments.
     """
     folder = Path(checkpoint) / FOLDER
     if not (folder / _STATE).is_file():
@@ -102,12 +111,13 @@ def load_training(
             "were; it was saved with --save_only_model, or is incomplete: name another checkpoint"
         )
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    if (optimizer is not None) != ("optimizer" in state):
+    if (training.optimizer is not None) != ("optimizer" in state):
         raise ValueError(f"got the checkpoint {checkpoint} made with other --moments; needs the same; set --moments")
-    scheduler.load_state_dict(state["scheduler"])
-    if optimizer is not None:
-        optimizer.load_state_dict(_unflatten(_read(folder / _OPTIMIZER), state["optimizer"]))
-    replay.load(folder)
+    training.scheduler.load_state_dict(state["scheduler"])
+    training.meter.load_state_dict(state["meter"], device)
+    if training.optimizer is not None:
+        training.optimizer.load_state_dict(_unflatten(_read(folder / _OPTIMIZER), state["optimizer"]))
+    training.replay.load(folder)
 
 
 def _weights(full: nn.Module, core: Core) -> dict[str, torch.Tensor]:

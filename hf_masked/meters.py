@@ -45,6 +45,16 @@ class LossMeter:
         self._last_full = means.get("loss_full", self._last_full)
         return self._last_full if self._last_full is not None else means.get("loss_core")
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen since the last log row, as JSON."""
+        sums = {name: float(total) for name, total in self._sums.items()}
+        return {"sums": sums, "counts": self._counts, "last_full": self._last_full, "mixed": self.mixed}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from `state_dict()`."""
+        self._sums = {name: torch.tensor(total, device=device) for name, total in state["sums"].items()}
+        self._counts, self._last_full, self.mixed = state["counts"], state["last_full"], state["mixed"]
+
     @staticmethod
     def phase(means: dict[str, float]) -> str:
         """ "full", "core" or "full+core"."""

@@ -5,12 +5,15 @@ from typing import Any
 
 from .summary import core_summary
 
+_CORE_SPEED = ("- Core Runtime:", "- Core Samples Per Second:", "- Core Steps Per Second:")
 _SPEED = ("runtime", "per_second", "preparation_time")
 
 
 def add_core_section(card: Path, model: Any, log_history: list[dict[str, Any]], repo_id: str | None) -> None:
     """Append the section to the card that Trainer wrote."""
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    # Trainer's list of results leaves out the full network's speed, but does not know the core's
+    text = "\n".join(line for line in text.splitlines() if not line.startswith(_CORE_SPEED))
     card.write_text(text.rstrip() + "\n\n" + core_section(model, log_history, repo_id), encoding="utf-8")
 
 

@@ -49,8 +49,11 @@ class JointSavingMixin(JointHooks):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._joint and self.args.should_save:
-            optimizer = None if self._one_state() else self._core.optimizer
-            joint_state.save_training(output_dir, optimizer, self._core.scheduler, self._replay)
+            joint_state.save_training(output_dir, self._core_training())
+
+    def _core_training(self) -> joint_state.CoreTraining:
+        optimizer = None if self._one_state() else self._core.optimizer
+        return joint_state.CoreTraining(optimizer, self._core.scheduler, self._replay, self._meter)
 
     # ---- loading ----
 
@@ -80,8 +83,7 @@ class JointSavingMixin(JointHooks):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._joint and checkpoint is not None:
-            optimizer = None if self._one_state() else self._core.optimizer
-            joint_state.load_training(checkpoint, optimizer, self._core.scheduler, self._replay)
+            joint_state.load_training(checkpoint, self._core_training(), self.args.device)
 
     # ---- the Hub ----
 
