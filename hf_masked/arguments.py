@@ -39,7 +39,7 @@ class MaskedArgumentsMixin:
             "that already went through add_core needs no value."
         },
     )
-    core_config: str | dict[str, Any] | None = field(
+    core_config: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "JSON of the core's options, e.g. '{\"rank\": 0.125}': rank (int, or float as a fraction of "
@@ -56,7 +56,7 @@ class MaskedArgumentsMixin:
             "shared moments and learning-rate curve, no distillation."
         },
     )
-    schedule: str | dict[str, Any] = field(
+    schedule: dict[str, Any] | str | None = field(
         default="ride_along",
         metadata={
             "help": 'Which network each update step trains; a name or JSON such as \'{"name": "ride_along", '

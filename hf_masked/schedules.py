@@ -182,7 +182,7 @@ SCHEDULES: dict[str, type[Any]] = {
 }
 
 
-def make_schedule(spec: str | dict[str, Any]) -> Schedule:
+def make_schedule(spec: dict[str, Any] | str | None) -> Schedule:
     """A schedule from its name, or from `{"name": ..., option: value}` as a dict or as JSON.
 
     >>> make_schedule('{"name": "alternate", "core_steps": 2}')
@@ -195,7 +195,7 @@ def make_schedule(spec: str | dict[str, Any]) -> Schedule:
             spec = json.loads(spec) if spec.lstrip().startswith("{") else {"name": spec}
         except json.JSONDecodeError as error:
             raise ValueError(f"got --schedule {spec!r}; needs a name or valid JSON, because {error}") from None
-    options = dict(spec)
+    options = dict(spec or {})
     name = options.pop("name", None)
     if name not in SCHEDULES:
         raise ValueError(f"got schedule {name!r}; needs one of {sorted(SCHEDULES)}; set --schedule")

@@ -83,6 +83,7 @@ class UpdateStepMixin(JointHooks):
         self._step = step = UpdateStep(info, self.plan.phases(info))
         if not self._joint:
             return
+        self._full.note_rate()
         if info.step in self._splits:
             renewed = split(self.model)
             for stepper in (self._core, self._full):
@@ -93,8 +94,6 @@ class UpdateStepMixin(JointHooks):
         elif self._one_state():
             self._full.take_rates()
             self._core.note_rate()
-        else:
-            self._full.note_rate()
 
     def _forward_backward(
         self, model: Any, inputs: Any, num_items: Any, phase: Phase, network: str, teaching: Teaching | None = None
