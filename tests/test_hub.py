@@ -1,0 +1,201 @@
+"""Both models through a model hub: pushed by the trainer, loaded by name, with the unmodified client of the Hub.
+
+The client reads HF_ENDPOINT when it is imported, so every client is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_server import LoopbackHub
+
+COMMON = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+folder = sys.argv[1]
+TEXT = "the core rides along with the full network"
+IDS = torch.arange(5, 29).reshape(2, 12)
+
+def tiny_llama(seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )).eval()
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = ["<pad>", "<s>", "</s>", "<unk>", *TEXT.split()]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+"""
+
+STOCK_PUSH = """
+model = tiny_llama()
+assert model.push_to_hub("stock").commit_url
+loaded = AutoModelForCausalLM.from_pretrained("tester/stock")
+assert torch.equal(logits(loaded), logits(model))
+assert not torch.equal(logits(loaded), logits(tiny_llama(seed=1)))
+"""
+
+TRAIN_AND_PUSH = """
+import json
+from hf_masked import MaskedTrainer, MaskedTrainingArguments, extract_core, merge_full
+
+rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 32, (16, 12)).tolist()]
+args = MaskedTrainingArguments(
+    output_dir=f"{folder}/output", core="low_rank", core_config='{"rank": 4}',
+    schedule='{"name": "ride_along", "core_updates": 2.0, "start": 1}',
+    max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, save_strategy="steps", save_steps=2,
+    eval_strategy="steps", eval_steps=3, logging_steps=1, report_to="none", use_cpu=True,
+    push_to_hub=True, hub_model_id="tester/joint", disable_tqdm=True,
+)
+trainer = MaskedTrainer(
+    model=tiny_llama(), args=args, train_dataset=rows, eval_dataset=rows[:4], processing_class=tokenizer(),
+)
+trainer.train()
+scores = trainer.evaluate()
+pushed = trainer.push_to_hub(commit_message="both")
+assert pushed.oid, pushed
+save_file({"full": logits(merge_full(trainer.model)), "core": logits(extract_core(trainer.model))},
+          f"{folder}/logits.safetensors")
+with open(f"{folder}/scores.json", "w") as file:
+    json.dump({name: scores[name] for name in ("eval_loss", "eval_core_loss")}, file)
+"""
+
+LOAD_FULL = """
+sys.modules["hf_masked"] = None  # importing it is an error from here on
+expected = load_file(f"{folder}/logits.safetensors")
+full = AutoModelForCausalLM.from_pretrained("tester/joint")
+assert type(full) is LlamaForCausalLM
+assert torch.equal(logits(full), expected["full"])
+assert not torch.equal(logits(full), logits(tiny_llama())), "it was not trained"
+assert AutoTokenizer.from_pretrained("tester/joint")(TEXT).input_ids == tokenizer()(TEXT).input_ids
+assert full.generate(input_ids=IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (2, 16)
+"""
+
+LOAD_CORE_UNPREPARED = """
+sys.modules["hf_masked"] = None
+AutoModelForCausalLM.from_pretrained("tester/joint", subfolder="core")
+"""
+
+LOAD_CORE = """
+import hf_masked
+expected = load_file(f"{folder}/logits.safetensors")
+core = AutoModelForCausalLM.from_pretrained("tester/joint", subfolder="core")
+assert type(core) is LlamaForCausalLM
+assert torch.equal(logits(core), expected["core"])
+assert not torch.allclose(expected["core"], expected["full"], atol=1e-3)
+full = AutoModelForCausalLM.from_pretrained("tester/joint")
+assert torch.equal(logits(full), expected["full"])
+assert core.num_parameters() < full.num_parameters()
+loaded = AutoTokenizer.from_pretrained("tester/joint", subfolder="core")
+assert loaded(TEXT).input_ids == tokenizer()(TEXT).input_ids
+assert core.generate(input_ids=IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (2, 16)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as server:
+        yield server
+
+
+def client(
+    hub: LoopbackHub, script: str, folder: Path, token: str | None = None, common: str = COMMON
+) -> subprocess.CompletedProcess[str]:
+    """Run common + script in a process for which `hub` is the Hub, with a cache of its own."""
+    env = hub.client_env(folder / "home", token)
+    env["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    command = [sys.executable, "-c", common + script, str(folder)]
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def pushed(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that trained and pushed both models to tester/joint."""
+    folder = tmp_path_factory.mktemp("pushed")
+    run = client(hub, TRAIN_AND_PUSH, folder)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def test_hub_serves_the_stock_client(hub: LoopbackHub, tmp_path: Path) -> None:
+    run = client(hub, STOCK_PUSH, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "model.safetensors" in hub.files("tester/stock")
+    asked = {(method, path.split("?")[0].rsplit("/", 1)[-1]) for method, path, _ in hub.requests}
+    assert ("POST", "batch") in asked, "weights did not go through LFS"
+
+
+def test_hub_refuses_a_wrong_token(hub: LoopbackHub, tmp_path: Path) -> None:
+    script = 'from huggingface_hub import create_repo\ncreate_repo("intruder")'
+    run = client(hub, script, tmp_path, token="hf_wrong", common="")
+    assert run.returncode != 0 and "401" in run.stderr
+    assert "tester/intruder" not in hub.repos
+
+
+def test_push_holds_both_and_nothing_pickled(hub: LoopbackHub, pushed: Path) -> None:
+    files = hub.files("tester/joint")
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        assert {name, f"core/{name}"} <= set(files), sorted(files)
+    assert "quantization_config" not in json.loads(files["config.json"])
+    assert json.loads(files["core/config.json"])["quantization_config"]["quant_method"] == "hf_masked_low_rank"
+    assert len(files["core/model.safetensors"]) < len(files["model.safetensors"])
+    for commit in hub.repos["tester/joint"].commits:
+        for path, entry in commit.tree.items():
+            assert not path.endswith((".bin", ".pt", ".pth", ".pkl")), f"{path} in {commit.summary!r}"
+            assert not re.match(rb"PK\x03\x04|\x80[\x02-\x05]", entry.content), f"{path} in {commit.summary!r}"
+
+
+def test_every_commit_holds_both_or_neither(hub: LoopbackHub, pushed: Path) -> None:
+    """Pushes during training come at their own times; none may show one network without the other."""
+    commits = hub.repos["tester/joint"].commits
+    assert any("config.json" in commit.tree for commit in commits)
+    for commit in commits:
+        held = {name: name in commit.tree for name in ("config.json", "core/config.json", "model.safetensors")}
+        assert len(set(held.values())) == 1, f"{commit.summary!r} holds {held}"
+
+
+def test_model_card_reports_both_scores(hub: LoopbackHub, pushed: Path) -> None:
+    card = hub.files("tester/joint")["README.md"].decode()
+    scores = json.loads((pushed / "scores.json").read_text())
+    assert scores["eval_loss"] != scores["eval_core_loss"]
+    for name, value in scores.items():
+        assert f"{value:.4f}" in card, f"{name} = {value} is not in the card:\n{card}"
+    header = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    assert header is not None and isinstance(yaml.safe_load(header[1]), dict)
+    assert 'subfolder="core"' in card, "the card does not say how the core is loaded"
+
+
+def test_full_loads_by_name_without_hf_masked(hub: LoopbackHub, pushed: Path) -> None:
+    run = client(hub, LOAD_FULL, pushed)
+    assert run.returncode == 0, run.stderr
+
+
+def test_core_loads_by_name(hub: LoopbackHub, pushed: Path) -> None:
+    run = client(hub, LOAD_CORE, pushed)
+    assert run.returncode == 0, run.stderr
+
+
+def test_core_refuses_to_load_without_hf_masked(hub: LoopbackHub, pushed: Path) -> None:
+    """Transformers warns of the format it does not know and would go on with random weights."""
+    run = client(hub, LOAD_CORE_UNPREPARED, pushed)
+    assert run.returncode != 0
+    assert "hf_masked_low_rank" in run.stderr and "mismatch" in run.stderr
