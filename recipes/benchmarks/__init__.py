@@ -1,0 +1,1 @@
+"""What joint training costs: time per update step, and memory."""

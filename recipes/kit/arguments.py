@@ -1,0 +1,151 @@
+"""The settings every recipe has, and how they are read: a YAML or JSON file first, flags over it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+@dataclass
+class RecipeArguments:
+    """Data, model and comparison settings that the recipes share."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Hub data set, or a local file (txt, jsonl, json, csv, parquet), or a local folder with one "
+            "such file per split (train, validation, test). Where there is no validation split, 5 percent of the "
+            "rows are held out by a hash of their text."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub data set that has several."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on the first n rows of the train split only."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first n rows (causal_lm: blocks) of a split only."}
+    )
+    vocab_size: int = field(
+        default=4096, metadata={"help": "Size of the BPE vocabulary that is trained on the train split."}
+    )
+    model_type: str | None = field(
+        default=None,
+        metadata={"help": "Architecture of a model that is trained from scratch, as AutoConfig names it."},
+    )
+    model_config: dict | str | None = field(  # type: ignore[type-arg]
+        default=None,
+        metadata={"help": "JSON (or a mapping in YAML): fields of the architecture's config, such as hidden_size."},
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where the tokenized data is kept for the next run; default: the HF datasets cache."},
+    )
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "Repeat the run for each seed and report mean and standard deviation."}
+    )
+    compare: bool = field(
+        default=False,
+        metadata={
+            "help": "Also train the alternatives (each part alone, the paper's alternation, SVD of the trained full "
+            "and then core steps, plain or distilled) at equal update steps and at equal FLOPs, and add their rows. "
+            "A ride_along schedule then gets as many core updates as the FLOPs of the distilled SVD arm pay for."
+        },
+    )
+    compare_arms: list[str] | None = field(
+        default=None, metadata={"help": "Train only these arms of --compare, by the keys in the results file."}
+    )
+    compare_distill_weight: float = field(
+        default=0.5,
+        metadata={"help": "Distillation weight of the arm that tunes the SVD core under a frozen teacher."},
+    )
+    compare_learning_rate_scales: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={
+            "help": "Try each of these core learning-rate scales in every arm that has core steps, and report the one "
+            "with the lowest mean validation loss of the core."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.model_fields = self._model_fields()
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"got {name}={value}; needs at least 1, because nothing would be left; set --{name}")
+        if self.vocab_size < 300:
+            raise ValueError(
+                f"got vocab_size={self.vocab_size}; needs at least 300, because the 256 bytes and the special tokens "
+                "are part of it; set --vocab_size"
+            )
+        if not self.compare_learning_rate_scales or min(self.compare_learning_rate_scales) <= 0:
+            raise ValueError(
+                f"got compare_learning_rate_scales={self.compare_learning_rate_scales}; needs positive numbers, "
+                "because they multiply the learning rate; set --compare_learning_rate_scales"
+            )
+
+    def _model_fields(self) -> dict[str, Any]:
+        """The fields of the architecture's config that are set."""
+        value = self.model_config
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"got model_config={value!r}; needs a JSON object, because {error}; set --model_config"
+                ) from None
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(
+                f"got model_config={value!r}; needs a JSON object such as '{{\"hidden_size\": 256}}', because it sets "
+                "fields by name; set --model_config"
+            )
+        return value or {}
+
+
+def parse(types: Sequence[type], argv: Sequence[str], description: str, **defaults: Any) -> tuple[Any, ...]:
+    """Parse `[config.yaml] [--flag value ...]` into one object per dataclass in `types`.
+
+    A flag beats the file, the file beats `defaults`, and these beat the defaults of the dataclasses.
+    """
+    parser = HfArgumentParser(
+        list(types),  # type: ignore[arg-type]
+        description=description,
+        usage="%(prog)s [config.yaml | config.json] [--flag value ...]",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(**defaults)
+    flags = list(argv)
+    if flags and not flags[0].startswith("-"):
+        path = flags.pop(0)
+        known = {action.dest for action in parser._actions}
+        parser.set_defaults(**_read_settings(path, known))
+    return parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
+
+
+def _read_settings(path: str, known: set[str]) -> dict[str, Any]:
+    if Path(path).suffix not in {".yaml", ".yml", ".json"} or not Path(path).is_file():
+        raise FileNotFoundError(
+            f"got {path!r} as the first argument; needs an existing .yaml or .json file of settings, because "
+            "everything else is a --flag; check the path"
+        )
+    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"got a {type(settings).__name__} in {path!r}; needs a mapping of flag names to values")
+    for name in settings.keys() - known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f", perhaps {close[0]!r} is meant" if close else ""
+        raise ValueError(f"got setting {name!r} in {path!r}; needs a flag of this recipe (see --help){hint}")
+    return {name: _as_flag(value) for name, value in settings.items()}
+
+
+def _as_flag(value: Any) -> Any:
+    """Hand scalars to the parser as text, so that a file's values pass the same type checks as a flag's."""
+    return str(value) if isinstance(value, bool | int | float) else value

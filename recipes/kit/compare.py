@@ -1,0 +1,90 @@
+"""Run arms over seeds and learning-rate scales, and choose each arm's scale by its validation loss."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from .arms import Arm
+from .task import Task
+from .training import Run, arm_arguments, plain_full, run_arm
+
+# Called with every finished run and its trainer, before the trainer is let go.
+Finished = Callable[[Run, Trainer], None]
+
+
+def run_arms(
+    task: Task,
+    arms: Sequence[Arm],
+    args: TrainingArguments,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    finished: Finished,
+) -> list[Run]:
+    """Train every arm with every seed, those with core steps also at every learning-rate scale of the core.
+
+    The full network trained by the arm "full_alone" is the start of every arm that says `after_full`.
+    """
+    runs = []
+    out = Path(str(args.output_dir))
+    for seed in seeds:
+        trained_full: PreTrainedModel | None = None
+        before: Run | None = None
+        for arm in arms:
+            for scale in scales if arm.core_updates else scales[:1]:
+                alone = len(arms) == len(seeds) == len(scales) == 1
+                folder = out if alone else out / "arms" / f"{arm.key}-{scale:g}-{seed}"
+                print(f"\n== {arm.title}: seed {seed}, {arm.max_steps} update steps, core learning rate x {scale:g}")
+                changed = arm_arguments(args, arm, seed, scale, folder)
+                run, trainer = run_arm(task, arm, changed, trained_full, before)
+                runs.append(run)
+                finished(run, trainer)
+                if arm.key == "full_alone":
+                    trained_full, before = plain_full(trainer), run
+                del trainer
+                gc.collect()
+    return runs
+
+
+def choose_scales(runs: Sequence[Run]) -> list[list[Run]]:
+    """For each arm, its runs over the seeds at the scale with the lowest mean validation loss of the core."""
+    chosen = []
+    for key in dict.fromkeys(run.arm for run in runs):
+        candidates: dict[float, list[Run]] = {}
+        for run in runs:
+            if run.arm == key:
+                candidates.setdefault(run.learning_rate_scale, []).append(run)
+        best = min(candidates.values(), key=lambda group: statistics.mean(run.selection for run in group))
+        chosen.append(best)
+    return chosen
+
+
+def undertrained(arms: Sequence[Sequence[Run]], threshold: float = 0.02) -> str | None:
+    """A warning where training the full network twice as long still pays, since then more steps beat any teaching."""
+    losses = {
+        arm[0].arm: statistics.mean(run.full["loss"] for run in arm if run.full is not None)
+        for arm in arms
+        if arm[0].arm in ("full_alone", "full_alone_2n")
+    }
+    if len(losses) < 2 or losses["full_alone_2n"] > (1 - threshold) * losses["full_alone"]:
+        return None
+    gain = 1 - losses["full_alone_2n"] / losses["full_alone"]
+    return (
+        f"This setting is under-trained: twice the steps lower the full network's loss by {gain:.1%}, so further "
+        "steps help a core more than any teacher can."
+    )
+
+
+def with_requirements(arms: Sequence[Arm], keys: Sequence[str] | None) -> list[Arm]:
+    """The arms named by `keys` (all if None), and the full alone where one of them starts from it."""
+    known = [arm.key for arm in arms]
+    unknown = sorted(set(keys or ()) - set(known))
+    if unknown:
+        raise ValueError(f"got arms {unknown}; needs some of {known}, because only these exist; set --compare_arms")
+    wanted = [arm for arm in arms if keys is None or arm.key in keys]
+    needs_full = any(arm.after_full for arm in wanted)
+    return [arm for arm in arms if arm in wanted or (needs_full and arm.key == "full_alone")]

@@ -1,0 +1,133 @@
+"""The course of every recipe: train, score, export, reload, and write down what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from hf_masked import add_core, core_summary, get_core
+from hf_masked.export import check_writable
+
+from .arguments import RecipeArguments
+from .arms import Arm, comparison_arms, joint_arm
+from .compare import choose_scales, run_arms, undertrained, with_requirements
+from .flops import step_costs
+from .machine import hardware, versions
+from .networks import NetworkReport, describe_networks
+from .plots import plot_comparison, plot_losses
+from .table import comparison_table, networks_table
+from .task import Task
+from .training import Run
+
+NOTE = (
+    "Arms that start from the trained full network share one training of it per seed; their FLOPs and seconds include "
+    "it. FLOPs are counted on a real batch per kind of step, teacher forwards included."
+)
+
+
+def run_recipe(task: Task, args: RecipeArguments, training_args: TrainingArguments) -> None:
+    """Train the joint run (and with `--compare` every other arm) and leave everything in `output_dir`.
+
+    The folder then holds the full network, `core/`, `losses.png`, `results.json`, `table.md`, and with `--compare`
+    `comparison.png`.
+    """
+    out = check_writable(str(training_args.output_dir))
+    seeds = args.seeds or [training_args.seed]
+    arms = plan_arms(task, args, training_args)
+    exported: list[Run] = []
+
+    def keep_best(run: Run, trainer: Trainer) -> None:
+        """Export the first seed's joint run, at the learning-rate scale with the lowest validation loss."""
+        if run.arm == "joint" and run.seed == seeds[0] and (not exported or run.selection < exported[0].selection):
+            trainer.save_model(str(out))
+            exported[:] = [run]
+
+    runs = run_arms(task, arms, training_args, seeds, args.compare_learning_rate_scales, keep_best)
+    chosen = choose_scales(runs)
+    reports = describe_networks(task, out, training_args.per_device_eval_batch_size) if exported else []
+    text = summary(task, reports, chosen, args.compare or len(seeds) > 1)
+    print(text)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    if exported:
+        plot_losses(exported[0].history, out / "losses.png", task.name)
+    if args.compare:
+        plot_comparison(chosen, task.metrics[0], out / "comparison.png", task.name)
+    write_results(out / "results.json", args, training_args, reports, runs, chosen)
+    print(f"\nEverything is in {out}: the full network, core/, " + ", ".join(sorted(p.name for p in out.glob("*.*g"))))
+
+
+def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm]:
+    """Print the sizes of both networks, and list what is to be trained."""
+    if training_args.core is None:
+        raise ValueError(
+            "got core='none'; needs a core, because the recipe trains and reports two networks; set --core low_rank, "
+            "or --schedule full_only to leave the core untrained"
+        )
+    if training_args.max_steps < 1:
+        raise ValueError(
+            f"got max_steps={training_args.max_steps}; needs at least 1, because every arm is counted in update "
+            "steps; set --max_steps"
+        )
+    config = training_args.make_core_config()
+    model = add_core(task.new_model(training_args.seed), config)
+    print(core_summary(model))
+    if not args.compare:
+        return [joint_arm(training_args.max_steps, training_args.schedule)]
+    size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    costs = step_costs(model, get_core(model).model, task.batches(size))
+    joint = joint_arm(training_args.max_steps, training_args.schedule, costs)
+    arms = comparison_arms(training_args.max_steps, costs, joint, config.to_dict(), args.compare_distill_weight)
+    return with_requirements(arms, args.compare_arms)
+
+
+def summary(task: Task, reports: Sequence[NetworkReport], arms: Sequence[Sequence[Run]], compared: bool) -> str:
+    """The text that a recipe ends with: the command, the tables, and a sample from each network."""
+    parts = [f"# {task.name}", f"`{command()}`"]
+    if reports:
+        parts.append(networks_table(reports, task.metrics))
+    if compared:
+        parts += [comparison_table(arms, task.metrics), NOTE]
+        parts += [warning for warning in [undertrained(arms)] if warning]
+    parts += [f"Sample of the {report.name} network:\n\n```text\n{report.sample}\n```" for report in reports]
+    return "\n\n" + "\n\n".join(parts) + "\n"
+
+
+def command() -> str:
+    """The command line that runs this again."""
+    return shlex.join(["python", "recipes/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def write_results(
+    path: Path,
+    args: RecipeArguments,
+    training_args: Any,
+    reports: Sequence[NetworkReport],
+    runs: Sequence[Run],
+    chosen: Sequence[Sequence[Run]],
+) -> None:
+    """Write everything that the tables and plots were made from, with versions, hardware and settings."""
+    best = {id(run) for arm in chosen for run in arm}
+    results = {
+        "command": command(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "recipe_settings": dataclasses.asdict(args),
+        "training_settings": changed_settings(training_args),
+        "networks": [dataclasses.asdict(report) for report in reports],
+        "runs": [{**dataclasses.asdict(run), "chosen": id(run) in best} for run in runs],
+    }
+    path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def changed_settings(training_args: Any) -> dict[str, Any]:
+    """The training arguments that are not at their default."""
+    values = training_args.to_dict()
+    defaults = {field.name: field.default for field in dataclasses.fields(training_args)}
+    return {name: value for name, value in values.items() if name in defaults and value != defaults[name]}

@@ -1,0 +1,142 @@
+"""Train one arm and measure everything that is reported about it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from hf_masked import get_core, has_core, merge_full
+
+from .arms import Arm
+from .flops import StepCosts, step_costs
+from .machine import peak_memory, reset_peak_memory
+from .task import Scores, Task
+
+
+@dataclasses.dataclass
+class Run:
+    """What came of one arm with one seed.
+
+    Args:
+        full, core: scores of the two networks, None for a network that the arm does not deliver.
+        flops, seconds: of the whole arm, including the training of the full network that it started from.
+        selection: the core's loss on the validation rows, by which settings are chosen.
+        history: the trainer's log.
+    """
+
+    arm: str
+    title: str
+    seed: int
+    learning_rate_scale: float
+    full_updates: int
+    core_updates: int
+    teacher_forwards: int
+    full: Scores | None
+    core: Scores | None
+    flops: int
+    seconds: float
+    peak_memory: int
+    selection: float
+    history: list[dict[str, Any]]
+
+
+def make_trainer(task: Task, model: PreTrainedModel, args: TrainingArguments) -> Trainer:
+    """The task's trainer."""
+    return task.trainer_class(
+        model=model,
+        args=args,
+        train_dataset=task.train,
+        eval_dataset=task.validation,
+        data_collator=task.collator,
+        processing_class=task.tokenizer,
+        compute_metrics=task.compute_metrics,
+    )
+
+
+def arm_arguments(args: TrainingArguments, arm: Arm, seed: int, scale: float, folder: Path) -> TrainingArguments:
+    """The recipe's training arguments with what the arm changes; its checkpoints go to `folder`."""
+    return dataclasses.replace(
+        args,
+        **{
+            "output_dir": str(folder),
+            "max_steps": arm.max_steps,
+            "seed": seed,
+            "data_seed": seed,
+            "core_learning_rate_scale": scale,
+            **arm.changes,
+        },
+    )
+
+
+def run_arm(
+    task: Task, arm: Arm, args: TrainingArguments, trained_full: PreTrainedModel | None, before: Run | None
+) -> tuple[Run, Trainer]:
+    """Train one arm.
+
+    Args:
+        trained_full: the full network that an arm with `after_full` starts from; it is copied.
+        before: the run that trained it, whose FLOPs and seconds the arm has spent too.
+    """
+    set_seed(args.seed)
+    model = copy.deepcopy(trained_full) if arm.after_full and trained_full is not None else task.new_model(args.seed)
+    reset_peak_memory()
+    trainer = make_trainer(task, model, args)
+    costs = trainer_costs(task, trainer)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started + (before.seconds if arm.after_full and before else 0)
+    memory = peak_memory()
+    full, core = evaluate(task, trainer, task.report)
+    selection = core if task.report is task.validation else evaluate(task, trainer, task.validation)[1]
+    run = Run(
+        arm=arm.key,
+        title=arm.title,
+        seed=args.seed,
+        learning_rate_scale=args.core_learning_rate_scale,  # type: ignore[attr-defined]
+        full_updates=arm.full_updates + (before.full_updates if arm.after_full and before else 0),
+        core_updates=arm.core_updates,
+        teacher_forwards=arm.teacher_forwards,
+        full=full if arm.scores_full else None,
+        core=core if arm.scores_core else None,
+        flops=arm.flops(costs, before.flops if before else 0),
+        seconds=seconds,
+        peak_memory=memory,
+        selection=selection.get("loss", float("nan")),
+        history=trainer.state.log_history,
+    )
+    return run, trainer
+
+
+def trainer_costs(task: Task, trainer: Trainer) -> StepCosts:
+    """FLOPs of one step of each network of a trainer; without a core, the core's steps cost nothing."""
+    full: Any = trainer.model
+    size = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    batches = task.batches(size, full.device)
+    if not has_core(full):
+        costs = step_costs(full, full, batches)
+        return dataclasses.replace(costs, core=0)
+    return step_costs(full, get_core(full).model, batches)
+
+
+def evaluate(task: Task, trainer: Trainer, rows: Dataset) -> tuple[Scores, Scores]:
+    """Scores of the full network and of the core on `rows`."""
+    metrics = trainer.evaluate(rows)
+    core = {k.removeprefix("eval_core_"): v for k, v in metrics.items() if k.startswith("eval_core_")}
+    full = {
+        k.removeprefix("eval_"): v
+        for k, v in metrics.items()
+        if k.startswith("eval_") and not k.startswith("eval_core_")
+    }
+    return task.derive(full), task.derive(core) if core else core
+
+
+def plain_full(trainer: Trainer) -> PreTrainedModel:
+    """The trained full network of a trainer without its core."""
+    model: Any = trainer.model
+    return merge_full(model) if has_core(model) else model
