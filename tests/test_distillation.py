@@ -1,0 +1,226 @@
+"""What the core learns from the full network: the divergence, its weight, the replay buffer, the random streams."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import architecture
+from common import Watch, difference, fit, rows, tiny, values
+from torch.nn import functional as F
+from transformers import Trainer
+
+from hf_masked import LowRankCoreConfig, StepInfo, add_core, get_core
+from hf_masked.distillation import Teaching, divergence, trained_positions, yielding_weight
+from hf_masked.randomness import own_random_stream
+from hf_masked.replay import Batch, Microbatch, ReplayBuffer
+
+CLASSES = 40
+
+
+def logits(seed: int, scale: float = 2.0) -> torch.Tensor:
+    return scale * torch.randn(3, 7, CLASSES, generator=torch.Generator().manual_seed(seed))
+
+
+def taught(top_k: int, temperature: float = 1.0, seed: int = 0) -> Teaching:
+    return Teaching.from_logits(logits(seed), top_k, temperature, torch.tensor(1.0))
+
+
+def exact(temperature: float) -> torch.Tensor:
+    """KL(teacher || student) by torch, per position."""
+    student, teacher = (F.log_softmax(logits(s) / temperature, -1) for s in (1, 0))
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_divergence_is_torchs_kl(temperature: float) -> None:
+    for k in (CLASSES, 10 * CLASSES):
+        found = divergence(logits(1), taught(k, temperature), temperature)
+        torch.testing.assert_close(found, exact(temperature), rtol=1e-4, atol=1e-5)
+    reversed_kl = divergence(logits(0), taught(CLASSES, temperature, seed=1), temperature)
+    assert (reversed_kl - exact(temperature)).abs().max() > 1e-2, "the direction makes no difference"
+
+
+def test_fewer_classes_give_a_lower_bound() -> None:
+    bounds = [divergence(logits(1), taught(k), 1.0) for k in (1, 4, 16, CLASSES - 1, CLASSES)]
+    for smaller, larger in itertools.pairwise(bounds):
+        assert (smaller <= larger + 1e-5).all()
+    assert (bounds[0] >= 0).all() and (bounds[0] < bounds[-1] - 1e-2).any()
+    own = divergence(logits(0), taught(4), 1.0)
+    assert own.abs().max() < 1e-5, "a student that says the same diverges"
+
+
+@pytest.mark.parametrize("k", [4, CLASSES])
+def test_gradient_pulls_the_student_only(k: int) -> None:
+    teacher, student = logits(0).requires_grad_(), logits(1).requires_grad_()
+    before = divergence(student, Teaching.from_logits(teacher, k, 1.0, torch.tensor(1.0)), 1.0).sum()
+    before.backward()
+    assert teacher.grad is None and student.grad is not None
+    with torch.no_grad():
+        after = divergence(student - 0.1 * student.grad, taught(k), 1.0).sum()
+    assert after < before
+    if k == CLASSES:
+        expected = student.detach().softmax(-1) - teacher.detach().softmax(-1)
+        torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_positions_with_a_label_are_compared() -> None:
+    batch = {"labels": torch.tensor([[-100, 3, -100, 5]])}
+    out = torch.zeros(1, 4, CLASSES)
+    assert trained_positions(batch, out, shifted=True).tolist() == [[True, False, True, False]]
+    assert trained_positions(batch, out, shifted=False).tolist() == [[False, True, False, True]]
+    assert trained_positions({"labels": torch.tensor([2])}, torch.zeros(1, CLASSES), shifted=False).tolist() == [True]
+    assert trained_positions({"labels": torch.tensor([0.5])}, torch.zeros(1, 1), shifted=False) is None
+
+
+def test_weight_yields_as_the_core_nears_its_teacher() -> None:
+    def weight(core: float, teacher: float) -> float:
+        return float(yielding_weight(0.8, torch.tensor(core), torch.tensor(teacher)))
+
+    assert weight(3.0, 2.0) == pytest.approx(0.8)
+    assert weight(2.1, 2.0) == pytest.approx(0.4)
+    assert weight(2.0, 2.0) == weight(1.5, 2.0) == 0.0
+
+
+# --- through the trainer -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A trained full network, so that a fresh core has something to learn from it."""
+    return fit(tmp_path_factory.mktemp("teacher"), tiny(), Trainer, max_steps=15).model
+
+
+@pytest.mark.parametrize("coupling", ["free", "shared"])
+@pytest.mark.parametrize("schedule", ["alternate", {"name": "ride_along", "core_updates": 1.0, "start": 1}], ids=str)
+def test_distillation_changes_the_core_and_no_full_step(
+    schedule: Any, coupling: str, teacher: Any, tmp_path: Path
+) -> None:
+    """One step of each: the teacher is detached, so the full network is that of a run without."""
+    found = {}
+    for weight in (0.0, 0.9):
+        config = LowRankCoreConfig(rank=4, coupling=coupling, init="random", split_at=99)
+        model = add_core(copy.deepcopy(teacher), config)
+        watch = Watch(model)
+        options = {"callbacks": [watch]}
+        fit(tmp_path, model, schedule=schedule, distill_weight=weight, max_steps=2, trainer_options=options)
+        found[weight] = watch
+    for step in (1, 2):
+        if coupling == "free" or step == 1:
+            assert difference(found[0.9].after[step]["full"], found[0.0].after[step]["full"]) is None
+    remainders = [{n: v for n, v in w.after[2]["full"].items() if n.endswith(".R")} for w in found.values()]
+    if schedule == "alternate":
+        assert difference(*remainders) is None, "a core step moved R"
+    assert difference(found[0.9].after[2]["core"], found[0.0].after[2]["core"]) is not None
+
+
+def test_distillation_brings_the_core_nearer_to_the_full(tmp_path: Path) -> None:
+    divergences = []
+    for weight in (0.0, 1.0):
+        model = tiny(core="free", seed=3)
+        schedule = {"name": "ride_along", "core_updates": 6.0, "start": 2}
+        fit(tmp_path, model, schedule=schedule, distill_weight=weight, distill_top_k=1000, max_steps=12)
+        batch = {k: torch.stack([row[k] for row in rows(8)]) for k in ("input_ids",)}
+        with torch.no_grad():
+            teacher, student = model.eval()(**batch).logits, get_core(model).model.eval()(**batch).logits
+        divergences.append(
+            float(divergence(student, Teaching.from_logits(teacher, 1000, 1.0, torch.tensor(0.0)), 1.0).mean())
+        )
+    assert divergences[1] < divergences[0]
+
+
+def test_outputs_without_logits_are_refused_before_training(tmp_path: Path) -> None:
+    network, row = tiny("clip", core="free"), architecture("clip")
+    before = values(network)
+    options = {
+        "train_dataset": [{"i": i} for i in range(8)],
+        "data_collator": lambda examples: row.inputs(len(examples)),
+    }
+    options["eval_dataset"] = None
+    with pytest.raises(ValueError, match=r"without logits.*distill_weight"):
+        fit(tmp_path, network, remove_unused_columns=False, trainer_options=options)
+    assert difference(values(network), before) is None
+    fit(tmp_path, network, remove_unused_columns=False, trainer_options=options, distill_weight=0.0, distill_buffer=0)
+
+
+# --- the replay buffer -------------------------------------------------------------------------------------------------
+
+
+def batch(number: int) -> Batch:
+    inputs = {"input_ids": torch.full((2, 3), number), "labels": torch.full((2, 3), number)}
+    teaching = Teaching.from_logits(torch.randn(2, 3, 9), 4, 1.0, torch.tensor(float(number)))
+    return Batch([Microbatch(inputs, teaching), Microbatch(inputs, None)], torch.tensor(6))
+
+
+def filled(capacity: int, count: int) -> ReplayBuffer:
+    buffer = ReplayBuffer(capacity)
+    for number in range(count):
+        buffer.add(batch(number))
+    return buffer
+
+
+def drawn(buffer: ReplayBuffer, seed: int, updates: range = range(1, 33)) -> list[int]:
+    return [int(buffer.draw(StepInfo(5, 9, seed, u)).microbatches[0].inputs["input_ids"][0, 0]) for u in updates]
+
+
+def test_buffer_keeps_the_newest_and_draws_purely() -> None:
+    buffer = filled(4, 9)
+    first = drawn(buffer, seed=0)
+    assert set(first) == {5, 6, 7, 8}
+    torch.manual_seed(17)
+    torch.rand(3)
+    assert drawn(buffer, seed=0) == first, "the draw depends on the global random stream"
+    assert drawn(buffer, seed=0, updates=range(3, 4)) == first[2:3], "the draw depends on earlier ones"
+    assert drawn(buffer, seed=1) != first, "the draw ignores the seed"
+
+
+def test_buffer_comes_back_from_disk(tmp_path: Path) -> None:
+    buffer, again = filled(12, 11), ReplayBuffer(12)
+    buffer.save(tmp_path)
+    again.load(tmp_path)
+    for was, now in zip(buffer.batches, again.batches, strict=True):
+        assert difference(now.tensors(), was.tensors()) is None
+        assert [m.teaching is None for m in now.microbatches] == [False, True]
+    assert [p.name for p in tmp_path.iterdir()] == ["replay.safetensors"]
+    assert buffer.bytes == again.bytes > 0
+    assert tmp_path.joinpath("replay.safetensors").stat().st_size < 2 * buffer.bytes + 40_000
+
+
+def test_buffer_refuses_what_a_checkpoint_could_not_carry() -> None:
+    with pytest.raises(TypeError, match=r"'texts' of type list.*distill_buffer 0"):
+        ReplayBuffer(2).add(Batch([Microbatch({"texts": ["a"]}, None)], None))
+
+
+# --- a random stream of its own ----------------------------------------------------------------------------------------
+
+
+def streams() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def seed_all() -> None:
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+
+
+def test_own_random_stream_leaves_the_global_one_alone() -> None:
+    seed_all()
+    expected = [streams(), streams()]
+    seed_all()
+    found = [streams()]
+    inside = []
+    for seed in (7, 8, 7):
+        with own_random_stream(seed, torch.device("cpu")):
+            inside.append(streams())
+    with pytest.raises(KeyError), own_random_stream(9, torch.device("cpu")):
+        streams()
+        raise KeyError
+    found.append(streams())
+    assert found == expected
+    assert inside[0] == inside[2] != inside[1]
+    assert all(a != b for a, b in zip(inside[0], inside[1], strict=True)), "a stream ignores the seed"
