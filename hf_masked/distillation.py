@@ -1,13 +1,11 @@
 """What the core learns from the full network's logits: kept as top-k, compared as coarsened distributions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-
-from .types import Phase
 
 
 @dataclass
@@ -32,14 +30,15 @@ class Teaching:
 
         Memory: 8 k + 4 bytes per position.
         """
-        scaled = logits.detach().float() / temperature
-        k = min(top_k, scaled.shape[-1])
-        if k == scaled.shape[-1]:
-            order = torch.arange(k, dtype=torch.int32, device=scaled.device).expand(scaled.shape)
-            return cls(scaled, order.contiguous(), None, loss.detach())
-        values, indices = scaled.topk(k, dim=-1)
-        total, top = scaled.logsumexp(-1), values.logsumexp(-1)
-        return cls(values, indices.to(torch.int32), _log_difference(total, top), loss.detach())
+        logits = logits.detach()
+        k = min(top_k, logits.shape[-1])
+        if k == logits.shape[-1]:
+            order = torch.arange(k, dtype=torch.int32, device=logits.device).expand(logits.shape)
+            return cls(logits.float() / temperature, order.contiguous(), None, loss.detach())
+        values, indices = logits.topk(k, dim=-1)
+        values = values.float() / temperature
+        rest = _log_difference(_log_sum_exp(logits, temperature), values.logsumexp(-1))
+        return cls(values, indices.to(torch.int32), rest, loss.detach())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its tensors by name, for saving and counting."""
@@ -50,6 +49,18 @@ class Teaching:
         """The same on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return Teaching(moved["values"], moved["indices"], moved.get("rest"), moved["loss"])
+
+
+def _log_sum_exp(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Of logits / temperature over the classes, in rows few enough to stay in a processor's cache."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    chunk = 64 if rows.device.type == "cpu" else max(len(rows), 1)
+    sums = []
+    for part in rows.split(chunk):
+        scaled = part.float() / temperature if temperature != 1 else part.float()
+        # log_softmax is one fused pass where logsumexp makes four
+        sums.append(scaled[:, 0] - scaled.log_softmax(-1)[:, 0])
+    return torch.cat(sums).reshape(logits.shape[:-1])
 
 
 def _log_difference(larger: torch.Tensor, smaller: torch.Tensor) -> torch.Tensor:
@@ -113,18 +124,49 @@ def trained_positions(inputs: Mapping[str, Any], logits: torch.Tensor, shifted: 
     return labels != -100
 
 
-def yielding_weight(weight: float, core_loss: torch.Tensor, teacher_loss: torch.Tensor) -> torch.Tensor:
+class YieldingWeight:
     """The weight of the divergence, which yields as the core nears its teacher.
 
-        w * clamp((core_loss - teacher_loss) / (0.1 * teacher_loss), 0, 1)
+        w * clamp((core - teacher) / (tolerance * teacher), 0, 1)
 
-    Args: `weight` w in [0, 1]; both label losses on the same batch, scalars, detached here.
-
-    A teacher that knows no more than the core holds it back; at a gap of a tenth of the teacher's loss or more the
-    whole weight applies.
+    with `core` and `teacher` the exponential means of both networks' label losses on the core's batches. A teacher that
+    knows no more than the core holds it back; at a gap of `tolerance` of the teacher's loss, or more, the whole w
+    applies. The weight changes between updates only, so that it is the same for every microbatch of one.
     """
-    gap = core_loss.detach() - teacher_loss
-    return weight * (gap / (0.1 * teacher_loss.abs()).clamp(min=1e-6)).clamp(0.0, 1.0)
+
+    decay = 0.9
+    tolerance = 0.1
+
+    def __init__(self) -> None:
+        self._means: torch.Tensor | None = None
+        self._pending: torch.Tensor | None = None
+
+    def see(self, core_loss: torch.Tensor, teacher_loss: torch.Tensor) -> None:
+        """Add both label losses on one microbatch, as Trainer scales them."""
+        both = torch.stack([core_loss.detach().float(), teacher_loss.detach().float()])
+        self._pending = both if self._pending is None else self._pending + both
+
+    def end_update(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Close an update; `reduce` averages over processes."""
+        if self._pending is None:
+            return
+        seen, self._pending = reduce(self._pending), None
+        self._means = seen if self._means is None else self.decay * self._means + (1 - self.decay) * seen
+
+    def weight(self, w: float) -> torch.Tensor | float:
+        """The weight of this update, in [0, w]; w itself before anything was seen."""
+        if self._means is None:
+            return w
+        core, teacher = self._means
+        return w * ((core - teacher) / (self.tolerance * teacher.abs()).clamp(min=1e-6)).clamp(0.0, 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"means": None if self._means is None else self._means.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from `state_dict()`."""
+        self._means = None if state["means"] is None else torch.tensor(state["means"], device=device)
 
 
 def distill(
@@ -132,7 +174,8 @@ def distill(
     logits: torch.Tensor,
     inputs: Mapping[str, Any],
     teaching: Teaching,
-    phase: Phase,
+    temperature: float,
+    weight: torch.Tensor | float,
     shifted: bool,
     num_items: torch.Tensor | float | None,
 ) -> torch.Tensor:
@@ -143,16 +186,15 @@ def distill(
         logits: of the core, (..., classes).
         inputs: the microbatch, for its labels.
         teaching: the full network's answer to it.
-        phase: has w and T.
+        temperature, weight: T and w.
         shifted: whether position i predicts label i + 1.
         num_items: what the label loss was divided by, where it was: the positions of all microbatches of the update.
     """
-    per_position = divergence(logits, teaching, phase.distill_temperature)
+    per_position = divergence(logits, teaching, temperature)
     mask = trained_positions(inputs, logits, shifted)
     if mask is None:
         mean = per_position.mean()
     else:
         items = mask.sum().clamp(min=1) if num_items is None else num_items
         mean = (per_position * mask).sum() / items
-    weight = yielding_weight(phase.distill_weight, label_loss, teaching.loss)
     return (1 - weight) * label_loss + weight * mean

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
 
     from .apply import MaskedSteps
     from .cores import Core
+    from .distillation import YieldingWeight
     from .meters import LossMeter
     from .optimization import Stepper
     from .plan import Plan
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         _splits: set[int]
         _meter: LossMeter
         _replay: ReplayBuffer
+        _yielding: YieldingWeight
 
         def _the_core(self) -> Core: ...
 

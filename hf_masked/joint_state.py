@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .cores.base import Core
+from .distillation import YieldingWeight
 from .meters import LossMeter
 from .replay import ReplayBuffer
 
@@ -26,12 +27,13 @@ _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "
 @dataclass
 class CoreTraining:
     """How far the core's updates have come: its optimizer (None where Trainer's own holds it), learning-rate curve,
-    replay buffer, and what was measured since the last log row."""
+    replay buffer, what was measured since the last log row, and the means that distillation yields by."""
 
     optimizer: Any
     scheduler: Any
     replay: ReplayBuffer
     meter: LossMeter
+    yielding: YieldingWeight
 
 
 def save_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
@@ -91,6 +93,7 @@ def save_training(checkpoint: str | Path, training: CoreTraining) -> None:
     folder = Path(checkpoint) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = {"scheduler": training.scheduler.state_dict(), "meter": training.meter.state_dict()}
+    state["yielding_weight"] = training.yielding.state_dict()
     if training.optimizer is not None:
         tensors, state["optimizer"] = _flatten(training.optimizer.state_dict())
         save_file(tensors, folder / _OPTIMIZER)
@@ -115,6 +118,7 @@ def load_training(checkpoint: str | Path, training: CoreTraining, device: torch.
         raise ValueError(f"got the checkpoint {checkpoint} made with other --moments; needs the same; set --moments")
     training.scheduler.load_state_dict(state["scheduler"])
     training.meter.load_state_dict(state["meter"], device)
+    training.yielding.load_state_dict(state["yielding_weight"], device)
     if training.optimizer is not None:
         training.optimizer.load_state_dict(_unflatten(_read(folder / _OPTIMIZER), state["optimizer"]))
     training.replay.load(folder)

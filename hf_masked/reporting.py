@@ -97,6 +97,8 @@ class JointReportingMixin(JointHooks):
         logs.update(means)
         if "loss_core" in means:
             logs["learning_rate_core"] = self._core.rate
+            if self.plan.core.distill_weight > 0:
+                logs["distill_weight"] = float(self._yielding.weight(self.plan.core.distill_weight))
         logs["phase"] = self._meter.phase(means)
         if self._replay.batches:
             logs["distill_buffer_bytes"] = self._replay.bytes

@@ -53,7 +53,7 @@ class JointSavingMixin(JointHooks):
 
     def _core_training(self) -> joint_state.CoreTraining:
         optimizer = None if self._one_state() else self._core.optimizer
-        return joint_state.CoreTraining(optimizer, self._core.scheduler, self._replay, self._meter)
+        return joint_state.CoreTraining(optimizer, self._core.scheduler, self._replay, self._meter, self._yielding)
 
     # ---- loading ----
 

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ProgressCallback
 from .apply import MaskedSteps
 from .arguments import MaskedArgumentsMixin
 from .cores import Core, add_core, get_core, has_core
+from .distillation import YieldingWeight
 from .export import check_writable
 from .meters import JointProgressCallback, LossMeter
 from .optimization import (
@@ -56,6 +57,7 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._splits = set()
         self._meter = LossMeter()
         self._replay = ReplayBuffer(0)
+        self._yielding = YieldingWeight()
         self._give_core(plan)
 
     # ---- construction ----
@@ -154,6 +156,7 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._full.take_rates()
         self._replay = ReplayBuffer(self.args.distill_buffer)
         self._meter = LossMeter()
+        self._yielding = YieldingWeight()
         self._step = None
         self._splits = split_steps(core.config, self.plan.schedule, max_steps)
 

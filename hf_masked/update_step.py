@@ -59,6 +59,20 @@ class UpdateStepMixin(JointHooks):
             return super().training_step(model, inputs, num_items_in_batch)
         if self._step is None:
             self._begin_step()
+        try:
+            return self._first_update(model, inputs, num_items_in_batch)
+        except BaseException:
+            self._abandon_step()
+            raise
+
+    def _abandon_step(self) -> None:
+        """Put the full network's optimizer back, where a core step did not come to its end."""
+        if self._joint and self._step is not None and self._step.phases[0].network == "core":
+            self.optimizer, self.lr_scheduler = self._full.optimizer, self._full.scheduler
+        self._step = None
+
+    def _first_update(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        """One microbatch of the update on Trainer's own batch."""
         phase = self._now().phases[0]
         losses = []
         if phase.network in ("full", "sum"):
@@ -71,7 +85,11 @@ class UpdateStepMixin(JointHooks):
             )
         if self.accelerator.sync_gradients:
             self._mask_update(phase)
+            self._yielding.end_update(self._mean_over_processes)
         return losses[0]
+
+    def _mean_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(value, "mean") if self.accelerator.num_processes > 1 else value
 
     def _now(self) -> UpdateStep:
         """The update step under way."""
@@ -137,7 +155,11 @@ class UpdateStepMixin(JointHooks):
                 logits = self._logits_of(outputs)
                 devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
                 items = None if num_items_in_batch is None else num_items_in_batch / devices
-                loss = distill(loss, logits, batch, under_way.teaching, under_way.phase, self._shifts_labels(), items)
+                teaching, phase = under_way.teaching, under_way.phase
+                self._yielding.see(loss, teaching.loss)
+                weight = self._yielding.weight(phase.distill_weight)
+                temperature = phase.distill_temperature
+                loss = distill(loss, logits, batch, teaching, temperature, weight, self._shifts_labels(), items)
             loss = under_way.phase.loss_weight * loss
             under_way.total_loss = loss.detach()
         return (loss, outputs) if return_outputs else loss
@@ -270,6 +292,7 @@ class UpdateStepMixin(JointHooks):
             with nullcontext() if last else self.accelerator.no_sync(self._core_wrapped):
                 self._forward_backward(self._core_wrapped, here.inputs, num_items, phase, "core", here.teaching)
         self._mask_update(phase)
+        self._yielding.end_update(self._mean_over_processes)
         if self.args.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(self.core_model.parameters(), self.args.max_grad_norm)
         core.optimizer.step()
