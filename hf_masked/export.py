@@ -41,7 +41,7 @@ def extract_core(model: PreTrainedModel, core_format: CoreFormat = "factorized")
         raise ValueError(f"got core_format={core_format!r}; needs 'factorized' or 'dense'")
     core = get_core(model)
     core.sync(unwrap(model))  # type: ignore[arg-type]
-    extracted = copy.deepcopy(core.model)
+    extracted = _without_autocast(copy.deepcopy(core.model))
     extracted.requires_grad_(True)
     if core_format == "factorized":
         ranks = {path: site.rank for path, site in core.sites.items()}
@@ -62,12 +62,20 @@ def merge_full(model: PreTrainedModel) -> PreTrainedModel:
     """
     full: Any = unwrap(model)
     core = get_core(full)
-    merged = copy.deepcopy(full, {id(core): None})
+    merged = _without_autocast(copy.deepcopy(full, {id(core): None}))
     for path, module in list(merged.named_modules()):
         if isinstance(module, MergedLinear):
             weight = module.dense_weight()
             _put_dense(merged, path, weight, module.bias, module.transposed)
     return merged
+
+
+def _without_autocast(model: PreTrainedModel) -> PreTrainedModel:
+    """Take off the forward that accelerate puts on a model for mixed precision."""
+    if "_original_forward" in vars(model):
+        del model._original_forward
+        vars(model).pop("forward", None)
+    return model
 
 
 def _put_dense(model: nn.Module, path: str, weight: torch.Tensor, bias: nn.Parameter | None, transposed: bool) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         _meter: LossMeter
         _replay: ReplayBuffer
         _yielding: YieldingWeight
+        _checked: bool
 
         def _the_core(self) -> Core: ...
 

@@ -1,7 +1,7 @@
 """The replay buffer: the last n batches of the full updates, with the logits that those computed anyway."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,18 +58,20 @@ class ReplayBuffer:
     def __init__(self, capacity: int):
         self.batches: deque[Batch] = deque(maxlen=capacity)
 
-    def add(self, batch: Batch) -> None:
-        """Append a batch, dropping the oldest one of a full buffer.
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse inputs that no checkpoint could carry.
 
-        Raises: TypeError for an input that is no tensor, which no checkpoint could carry.
+        Raises: TypeError for an input that is no tensor.
         """
-        for microbatch in batch.microbatches:
-            for name, value in microbatch.inputs.items():
-                if not isinstance(value, torch.Tensor):
-                    raise TypeError(
-                        f"got the input {name!r} of type {type(value).__name__}; needs tensors, because checkpoints carry "
-                        "the replay buffer as safetensors; set --distill_buffer 0"
-                    )
+        for name, value in inputs.items():
+            if self.batches.maxlen and not isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"got the input {name!r} of type {type(value).__name__}; needs tensors, because checkpoints carry "
+                    "the replay buffer as safetensors; set --distill_buffer 0"
+                )
+
+    def add(self, batch: Batch) -> None:
+        """Append a batch, dropping the oldest one of a full buffer."""
         self.batches.append(batch.to("cpu"))
 
     def draw(self, info: StepInfo) -> Batch:

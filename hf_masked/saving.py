@@ -29,6 +29,8 @@ class JointSavingMixin(JointHooks):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self._joint:
             return super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         folder = output_dir if output_dir is not None else self.args.output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         export(model, folder, processing_class=self._processing_class())

@@ -58,6 +58,7 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._meter = LossMeter()
         self._replay = ReplayBuffer(0)
         self._yielding = YieldingWeight()
+        self._checked = False
         self._give_core(plan)
 
     # ---- construction ----
@@ -157,6 +158,7 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._replay = ReplayBuffer(self.args.distill_buffer)
         self._meter = LossMeter()
         self._yielding = YieldingWeight()
+        self._checked = False
         self._step = None
         self._splits = split_steps(core.config, self.plan.schedule, max_steps)
 

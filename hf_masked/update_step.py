@@ -144,8 +144,8 @@ class UpdateStepMixin(JointHooks):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         batch = dict(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if self.plan.core.distill_weight > 0:
-            self._logits_of(outputs)
+        if not self._checked:
+            self._check_first_batch(batch, outputs)
         if under_way.network == "full":
             if under_way.keep_teaching:
                 self._keep(batch, outputs, loss, num_items_in_batch)
@@ -163,6 +163,13 @@ class UpdateStepMixin(JointHooks):
             loss = under_way.phase.loss_weight * loss
             under_way.total_loss = loss.detach()
         return (loss, outputs) if return_outputs else loss
+
+    def _check_first_batch(self, inputs: dict[str, Any], outputs: Any) -> None:
+        """Refuse, in the first forward pass, what core updates could not use when their time comes."""
+        if self.plan.core.distill_weight > 0:
+            self._logits_of(outputs)
+        self._replay.check(inputs)
+        self._checked = True
 
     def _shifts_labels(self) -> bool:
         return type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
