@@ -9,12 +9,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, architecture
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_masked import LowRankCoreConfig, add_core, core_mode, export, extract_core, get_core, merge_full
+from hf_masked import (
+    LowRankCoreConfig,
+    MaskedTrainer,
+    MaskedTrainingArguments,
+    add_core,
+    core_mode,
+    export,
+    extract_core,
+    get_core,
+    merge_full,
+)
 from hf_masked.reference import partial_sgd_step
 
 Values = dict[str, torch.Tensor]
@@ -100,6 +111,20 @@ def test_heads_and_ties_are_left_alone(case: Case) -> None:
             twins = {n for n, p in places if p == parameter and n in original}
             if name in original:
                 assert twins == {n for n in original if original[n] is original[name]}
+
+
+def test_core_starts_as_the_best_part_of_the_full_network(case: Case) -> None:
+    """Eckart-Young, with NumPy's SVD: no product of rank r is nearer to W than B A is."""
+    core = get_core(case.model)
+    for path, site in core.sites.items():
+        weight = case.original.get_submodule(path).weight.detach().double().numpy()
+        weight = weight.T if site.transposed else weight
+        factors = core.model.get_submodule(path)
+        product = (factors.B.weight @ factors.A.weight).detach().double().numpy()
+        singular = np.linalg.svd(weight, compute_uv=False)
+        least = np.sqrt((singular[RANK:] ** 2).sum())
+        np.testing.assert_allclose(np.linalg.norm(weight - product), least, rtol=1e-5, err_msg=path)
+        assert np.linalg.norm(weight - 1.1 * product) > least * (1 + 1e-4)
 
 
 # --- the core step ---------------------------------------------------------------------------------------------------
@@ -212,29 +237,11 @@ class WhatMoved(TrainerCallback):
         self.last = now
 
 
-def test_only_the_right_parameters_move(case: Case, tmp_path: Path) -> None:
-    """AdamW with weight decay, one core step and two full ones: what has no gradient in the dense original stays."""
-    from hf_masked import MaskedTrainer, MaskedTrainingArguments
-
-    row, model = case.row, with_core(case.row, case.coupling)
-    original = row.build().train()
-    original(**row.inputs(seed=1)).loss.backward()
-    learning = {name for name, p in original.named_parameters() if p.grad is not None and p.grad.any()}
-    core = get_core(model).model
-    full_learns = {n for n, p in model.named_parameters() if p.requires_grad and in_original(n) in learning}
-    core_learns = {n for n, p in core.named_parameters() if p.requires_grad and in_original(n) in learning}
-    shared = {id(p) for p in core.parameters()} & {id(p) for p in model.parameters()}
-    of_both = {
-        kind: {n for n, p in network.named_parameters() if id(p) in shared}
-        for kind, network in (("full", model), ("core", core))
-    }
-    assert bool(shared) is (case.coupling == "shared")
-    assert any(name.endswith(".R") for name in full_learns) is (case.coupling == "shared")
-    assert any(name.endswith(".A.weight") for name in core_learns)
-
+def train_and_watch(row: Architecture, model: PreTrainedModel, folder: Path) -> list[tuple[str, dict[str, set[str]]]]:
+    """(phase, what moved) of each step of a run with AdamW and weight decay: one core step and two full ones."""
     watch = WhatMoved(model)
     args = MaskedTrainingArguments(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         schedule='{"name": "alternate", "core_steps": 1, "full_steps": 2}',
         distill_weight=0.5 if row.logits == "logits" else 0.0,
         max_steps=3,
@@ -258,11 +265,50 @@ def test_only_the_right_parameters_move(case: Case, tmp_path: Path) -> None:
     trainer.train()
     phases = [entry["phase"] for entry in trainer.state.log_history if "phase" in entry]
     assert sorted(phases) == ["core", "full", "full"]
-    for phase, moved in zip(phases, watch.steps, strict=True):
+    return list(zip(phases, watch.steps, strict=True))
+
+
+def test_only_the_right_parameters_move(case: Case, tmp_path: Path) -> None:
+    """What has no gradient in the dense original stays; the rest moves with the network that owns it, or with both."""
+    row, model = case.row, with_core(case.row, case.coupling)
+    original = row.build().train()
+    original(**row.inputs(seed=1)).loss.backward()
+    learning = {name for name, p in original.named_parameters() if p.grad is not None and p.grad.any()}
+    core = get_core(model).model
+    full_learns = {n for n, p in model.named_parameters() if p.requires_grad and in_original(n) in learning}
+    core_learns = {n for n, p in core.named_parameters() if p.requires_grad and in_original(n) in learning}
+    shared = {id(p) for p in core.parameters()} & {id(p) for p in model.parameters()}
+    of_both = {
+        kind: {n for n, p in network.named_parameters() if id(p) in shared}
+        for kind, network in (("full", model), ("core", core))
+    }
+    assert bool(shared) is (case.coupling == "shared")
+    assert any(name.endswith(".R") for name in full_learns) is (case.coupling == "shared")
+    assert any(name.endswith(".A.weight") for name in core_learns)
+
+    for phase, moved in train_and_watch(row, model, tmp_path):
         if phase == "core":
             assert moved == {"core": core_learns, "full": full_learns & of_both["full"]}
         else:
             assert moved == {"full": full_learns, "core": core_learns & of_both["core"]}
+
+
+@pytest.mark.parametrize("private", ["none", "norms"])
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_what_a_free_core_only_reads_moves_in_full_steps_alone(name: str, private: str, tmp_path: Path) -> None:
+    row = architecture(name)
+    model = add_core(row.build(), LowRankCoreConfig(rank=RANK, coupling="free", private=private))
+    core = get_core(model).model
+    of_sites = {f"{path}.{part}.weight" for path in get_core(model).sites for part in "AB"}
+    norms = {path for path, module in core.named_modules() if isinstance(module, torch.nn.LayerNorm)}
+    private_norms = {n for n, _ in core.named_parameters() if n.rpartition(".")[0] in norms and private == "norms"}
+    own = of_sites | private_norms
+    read = {n for n, _ in core.named_parameters()} - own
+    for phase, moved in train_and_watch(row, model, tmp_path):
+        if phase == "core":
+            assert moved == {"core": own, "full": set()}
+        else:
+            assert moved == {"core": read, "full": {n for n, p in model.named_parameters() if p.requires_grad}}
 
 
 def in_original(name: str) -> str:
