@@ -60,7 +60,7 @@ class MaskedArgumentsMixin:
         default="ride_along",
         metadata={
             "help": 'Which network each update step trains; a name or JSON such as \'{"name": "ride_along", '
-            '"core_updates": 4.5, "start": 0.5}\'. ride_along: every step is an ordinary full update, and from `start` '
+            '"core_updates": 4.0, "start": 0.5}\'. ride_along: every step is an ordinary full update, and from `start` '
             "(update step, or fraction of the run) on `core_updates` core updates follow it; alternate: `full_steps` "
             "full, `core_steps` core; random: core with `probability`; sum: both losses in one update; "
             "full_then_joint: `full_steps` full ones, then in turn; heal: in turn, the last `core_steps` core only; "
@@ -68,8 +68,12 @@ class MaskedArgumentsMixin:
         },
     )
     core_loss_weight: float = field(default=1.0, metadata={"help": "Factor of the core's loss, > 0."})
-    core_learning_rate_scale: float = field(
-        default=1.0, metadata={"help": "Learning rate of core updates over --learning_rate, > 0."}
+    core_learning_rate_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of core updates over --learning_rate, > 0. A factorised layer moves less per step than "
+            "a dense one, so the default is 2; with --preset paper it is 1."
+        },
     )
     distill_weight: float = field(
         default=0.5,
@@ -127,6 +131,8 @@ class MaskedArgumentsMixin:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"got {name}={value!r}; needs an integer >= {least}; set --{name}")
+        if self.core_learning_rate_scale is None:
+            self.core_learning_rate_scale = 1.0 if self.preset == "paper" else 2.0
         if not self.core_learning_rate_scale > 0:
             raise ValueError(
                 f"got core_learning_rate_scale={self.core_learning_rate_scale}; needs a number > 0, because the core would "

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .cores.base import Core
 from .distillation import YieldingWeight
 from .meters import LossMeter
-from .replay import ReplayBuffer
+from .replay import REPLAY_FILE, ReplayBuffer
 
 FOLDER = "joint"
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -46,9 +47,10 @@ def save_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
 
 
 def check_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
-    """Refuse a checkpoint of another core before anything of it is read.
+    """Refuse a checkpoint of another core, or a damaged one, before anything of it is loaded.
 
-    Raises: ValueError for one without a core, or of other ranks, another coupling, other names or shapes.
+    Raises: ValueError for one without a core, of other ranks or another coupling, or with missing, superfluous or
+        misshapen tensors.
     """
     folder = Path(checkpoint) / FOLDER
     if not (folder / _WEIGHTS).is_file() or not (folder / "core.json").is_file():
@@ -67,24 +69,44 @@ def check_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
                 f"got the checkpoint {checkpoint} of a core with {what} {_short(theirs)}; needs {_short(mine)}, because its "
                 "tensors would not fit; set --core_config as it was, or name another checkpoint"
             )
+    wanted = {name: tuple(tensor.shape) for name, tensor in _weights(full, core).items()}
+    stored = stored_shapes(folder / _WEIGHTS)
+    if wrong := sorted(name for name in set(wanted) | set(stored) if wanted.get(name) != stored.get(name)):
+        raise ValueError(
+            f"got the checkpoint {checkpoint} whose {_WEIGHTS} differs at {wrong[:3]}; needs the tensors of this model, "
+            "because a half-loaded one would train on; it is of another architecture: name another checkpoint"
+        )
+
+
+def check_training(checkpoint: str | Path, own_optimizer: bool) -> None:
+    """Refuse a checkpoint that the core's updates cannot go on from, before anything of it is loaded.
+
+    Args: `own_optimizer`: whether the core has an optimizer state of its own.
+
+    Raises: ValueError for missing or damaged files, or one made with other moments.
+    """
+    folder = Path(checkpoint) / FOLDER
+    if not (folder / _STATE).is_file():
+        raise ValueError(
+            f"got the checkpoint {checkpoint} without {FOLDER}/{_STATE}; needs it to resume the core's updates where they "
+            "were; it was saved with --save_only_model, or is incomplete: name another checkpoint"
+        )
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    if own_optimizer != ("optimizer" in state):
+        raise ValueError(
+            f"got the checkpoint {checkpoint} made with other --moments; needs the same, because its optimizer states "
+            "would not fit; set --moments as it was"
+        )
+    for name in (REPLAY_FILE, *((_OPTIMIZER,) if own_optimizer else ())):
+        stored_shapes(folder / name)
 
 
 def load_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
-    """Read what `save_weights` wrote, in place.
-
-    Raises: ValueError for missing, superfluous or misshapen tensors; nothing is changed then.
-    """
+    """Read what `save_weights` wrote, in place; raises as `check_weights`."""
     check_weights(full, core, checkpoint)
-    wanted = _weights(full, core)
-    stored = _read(Path(checkpoint) / FOLDER / _WEIGHTS)
-    wrong = sorted(set(wanted) ^ set(stored)) or [k for k, v in wanted.items() if v.shape != stored[k].shape]
-    if wrong:
-        raise ValueError(
-            f"got the checkpoint {checkpoint} whose {_WEIGHTS} differs at {wrong[:3]}; needs the tensors of this model, "
-            "because a half-loaded one would train on; it is of another architecture, or damaged"
-        )
+    stored = load_file(Path(checkpoint) / FOLDER / _WEIGHTS)
     with torch.no_grad():
-        for name, tensor in wanted.items():
+        for name, tensor in _weights(full, core).items():
             tensor.copy_(stored[name])
 
 
@@ -103,24 +125,15 @@ def save_training(checkpoint: str | Path, training: CoreTraining) -> None:
 
 
 def load_training(checkpoint: str | Path, training: CoreTraining, device: torch.device) -> None:
-    """Read what `save_training` wrote, in place.
-
-    Raises: ValueError for a checkpoint without it, or made with other moments.
-    """
+    """Read what `save_training` wrote, in place; raises as `check_training`."""
+    check_training(checkpoint, training.optimizer is not None)
     folder = Path(checkpoint) / FOLDER
-    if not (folder / _STATE).is_file():
-        raise ValueError(
-            f"got the checkpoint {checkpoint} without {FOLDER}/{_STATE}; needs it to resume the core's updates where they "
-            "were; it was saved with --save_only_model, or is incomplete: name another checkpoint"
-        )
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    if (training.optimizer is not None) != ("optimizer" in state):
-        raise ValueError(f"got the checkpoint {checkpoint} made with other --moments; needs the same; set --moments")
     training.scheduler.load_state_dict(state["scheduler"])
     training.meter.load_state_dict(state["meter"], device)
     training.yielding.load_state_dict(state["yielding_weight"], device)
     if training.optimizer is not None:
-        training.optimizer.load_state_dict(_unflatten(_read(folder / _OPTIMIZER), state["optimizer"]))
+        training.optimizer.load_state_dict(_unflatten(load_file(folder / _OPTIMIZER), state["optimizer"]))
     training.replay.load(folder)
 
 
@@ -146,13 +159,18 @@ def _short(value: object) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def _read(file: Path) -> dict[str, torch.Tensor]:
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in a safetensors file, from its header; the format ties that to the file's length.
+
+    Raises: ValueError for a missing or damaged file.
+    """
     try:
-        return load_file(file)
-    except Exception as error:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"got the unreadable file {file} ({error}); needs the safetensors that was saved there; it is damaged or cut "
-            "off: name another checkpoint"
+            f"got the unreadable file {file} ({error}); needs the safetensors that was saved there; it is missing, damaged "
+            "or cut off: name another checkpoint"
         ) from None
 
 

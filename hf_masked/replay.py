@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from .distillation import Teaching
 from .types import StepInfo
 
-_FILE = "replay.safetensors"
+REPLAY_FILE = "replay.safetensors"
 
 
 @dataclass
@@ -87,11 +87,11 @@ class ReplayBuffer:
     def save(self, folder: Path) -> None:
         """Write all batches as one safetensors file."""
         named = {f"{n}.{k}": t for n, batch in enumerate(self.batches) for k, t in batch.tensors().items()}
-        save_file({k: t.contiguous().clone() for k, t in named.items()}, folder / _FILE)
+        save_file({k: t.contiguous().clone() for k, t in named.items()}, folder / REPLAY_FILE)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
-        named = load_file(folder / _FILE)
+        named = load_file(folder / REPLAY_FILE)
         self.batches.clear()
         for batch in _grouped(named.items()):
             self.batches.append(_batch(batch))

@@ -69,6 +69,7 @@ class JointSavingMixin(JointHooks):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         core = get_core(self.model)
         joint_state.check_weights(self.model, core, resume_from_checkpoint)
+        joint_state.check_training(resume_from_checkpoint, own_optimizer=not self._one_state())
         if core.config.coupling == "free":
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         joint_state.load_weights(self.model, core, resume_from_checkpoint)

@@ -60,7 +60,7 @@ class RideAlong:
     [(), (), ('core',), ('core', 'core')]
     """
 
-    core_updates: float = 4.5
+    core_updates: float = 4.0
     start: int | float = 0.5
 
     def __post_init__(self) -> None:
