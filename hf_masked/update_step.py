@@ -156,7 +156,9 @@ class UpdateStepMixin(JointHooks):
                 devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
                 items = None if num_items_in_batch is None else num_items_in_batch / devices
                 teaching, phase = under_way.teaching, under_way.phase
-                self._yielding.see(loss, teaching.loss)
+                if self._now().info.update <= 1:
+                    # not on replayed batches, which the core has seen more often than its teacher
+                    self._yielding.see(loss, teaching.loss)
                 weight = self._yielding.weight(phase.distill_weight)
                 temperature = phase.distill_temperature
                 loss = distill(loss, logits, batch, teaching, temperature, weight, self._shifts_labels(), items)
@@ -168,7 +170,9 @@ class UpdateStepMixin(JointHooks):
         """Refuse, in the first forward pass, what core updates could not use when their time comes."""
         if self.plan.core.distill_weight > 0:
             self._logits_of(outputs)
-        self._replay.check(inputs)
+        last = StepInfo(self.state.max_steps - 1, self.state.max_steps, self.args.mask_seed)
+        if len(self.plan.phases(last)) > 1:
+            self._replay.check(inputs)
         self._checked = True
 
     def _shifts_labels(self) -> bool:
