@@ -113,12 +113,11 @@ def phases(trainer: Trainer) -> list[str]:
 
 
 class Watch(TrainerCallback):
-    """Values of both networks after each update step, and the names that moved in it."""
+    """Values of both networks after each update step, core updates that ride along included; needs logging_steps=1."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.after: dict[int, dict[str, dict[str, torch.Tensor]]] = {0: self._now()}
-        self.moved: list[dict[str, set[str]]] = []
+        self.after = {0: self._now()}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"full": self.model, "core": get_core(self.model).model}
@@ -126,11 +125,19 @@ class Watch(TrainerCallback):
     def _now(self) -> dict[str, dict[str, torch.Tensor]]:
         return {kind: values(network) for kind, network in self.networks().items()}
 
-    def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        self.moved.append(
-            {kind: moved(self.after[state.global_step - 1][kind], n) for kind, n in self.networks().items()}
-        )
-        self.after[state.global_step] = self._now()
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if "loss" in (logs or {}):
+            self.after[state.global_step] = self._now()
+
+    @property
+    def moved(self) -> list[dict[str, set[str]]]:
+        """Per update step and network, the names of which any bit moved."""
+        steps = sorted(self.after)[1:]
+        return [{kind: self._moved(kind, step) for kind in self.after[step]} for step in steps]
+
+    def _moved(self, kind: str, step: int) -> set[str]:
+        before = self.after[step - 1][kind]
+        return {name for name, value in self.after[step][kind].items() if not torch.equal(value, before[name])}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from hf_masked import LowRankCoreConfig, StepInfo, add_core, get_core
-from hf_masked.distillation import Teaching, divergence, trained_positions, yielding_weight
+from hf_masked.distillation import Teaching, YieldingWeight, divergence, trained_positions
 from hf_masked.randomness import own_random_stream
 from hf_masked.replay import Batch, Microbatch, ReplayBuffer
 
@@ -80,12 +80,31 @@ def test_only_positions_with_a_label_are_compared() -> None:
 
 
 def test_weight_yields_as_the_core_nears_its_teacher() -> None:
-    def weight(core: float, teacher: float) -> float:
-        return float(yielding_weight(0.8, torch.tensor(core), torch.tensor(teacher)))
+    def weight(*losses: tuple[float, float]) -> float:
+        yielding = YieldingWeight()
+        for core, teacher in losses:
+            yielding.see(torch.tensor(core), torch.tensor(teacher))
+            yielding.end_update(lambda both: both)
+        return float(yielding.weight(0.8))
 
-    assert weight(3.0, 2.0) == pytest.approx(0.8)
-    assert weight(2.1, 2.0) == pytest.approx(0.4)
-    assert weight(2.0, 2.0) == weight(1.5, 2.0) == 0.0
+    assert weight() == weight((3.0, 2.0)) == pytest.approx(0.8)
+    assert weight((2.1, 2.0)) == pytest.approx(0.4)
+    assert weight((2.0, 2.0)) == weight((1.5, 2.0)) == 0.0
+    assert 0 < weight((2.1, 2.0), (2.0, 2.0)) < weight((2.1, 2.0)), "one update decides alone"
+
+
+def test_weight_changes_between_updates_only() -> None:
+    """However an update is cut into microbatches, one weight holds for all of it, and their sum counts."""
+    whole, cut = YieldingWeight(), YieldingWeight()
+    whole.see(torch.tensor(2.1), torch.tensor(2.0))
+    for core, teacher in ((1.5, 0.5), (0.6, 1.5)):
+        cut.see(torch.tensor(core), torch.tensor(teacher))
+        assert cut.weight(0.8) == 0.8
+    again = YieldingWeight()
+    for each in (whole, cut):
+        each.end_update(lambda both: both)
+    again.load_state_dict(cut.state_dict(), torch.device("cpu"))
+    assert float(cut.weight(0.8)) == float(again.weight(0.8)) == pytest.approx(float(whole.weight(0.8)))
 
 
 # --- through the trainer -----------------------------------------------------------------------------------------------
