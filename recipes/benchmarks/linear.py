@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from hf_masked.cores import FactorizedLinear, MergedLinear
 
+from .clock import Taken
 from .setting import Setting
-from .steps import now
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LayerTimes:
     chosen: float
 
 
-def measure_layers(setting: Setting, repeats: int) -> list[LayerTimes]:
+def measure_layers(setting: Setting, repeats: int, clock: str) -> list[LayerTimes]:
     """All shapes of the model's layers, at the batch's tokens and at an eighth of them."""
     shapes = [
         (setting.width, setting.width),
@@ -38,13 +38,15 @@ def measure_layers(setting: Setting, repeats: int) -> list[LayerTimes]:
         (setting.inner_width, setting.width),
     ]
     return [
-        _measure(*shape, setting, tokens, repeats)
+        _measure(*shape, setting, tokens, repeats, clock)
         for tokens in (setting.tokens, setting.tokens // 8)
         for shape in shapes
     ]
 
 
-def _measure(in_features: int, out_features: int, setting: Setting, tokens: int, repeats: int) -> LayerTimes:
+def _measure(
+    in_features: int, out_features: int, setting: Setting, tokens: int, repeats: int, clock: str
+) -> LayerTimes:
     limit = min(in_features, out_features)
     rank = round(setting.rank * limit) if isinstance(setting.rank, float) else setting.rank
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,7 +59,7 @@ def _measure(in_features: int, out_features: int, setting: Setting, tokens: int,
     A, B = factors.A.weight, factors.B.weight
     layer = MergedLinear(R, factors, bias=None, transposed=False)
     upstream = torch.randn(tokens, out_features, device=device)
-    ways: dict[str, tuple[Callable[[], torch.Tensor], list[nn.Parameter]]] = {
+    ways: dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]] = {
         "plain": (lambda: F.linear(x, W), [x, W]),
         "merged": (lambda: F.linear(x, torch.addmm(R, B, A)), [x, R, A, B]),
         "side_path": (lambda: F.linear(x, R) + F.linear(F.linear(x, A), B), [x, R, A, B]),
@@ -66,8 +68,8 @@ def _measure(in_features: int, out_features: int, setting: Setting, tokens: int,
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(1 + repeats):
         for name, (forward, inputs) in ways.items():
-            started = now()
+            started = Taken.stamp()
             torch.autograd.grad(forward(), inputs, upstream)
-            seconds[name].append(now() - started)
+            seconds[name].append(float(getattr(Taken.stamp() - started, clock)))
     medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
     return LayerTimes(in_features, out_features, rank, tokens, **medians)

@@ -81,7 +81,7 @@ def train_and_measure(setting: Setting, kind: str) -> Memory:
         peak,
         parameters,
         sum(p.numel() for p in networks.values() if p.requires_grad) - parameters,
-        last.get("distill_buffer_bytes", 0),
+        int(last.get("distill_buffer_bytes", 0)),
     )
 
 

@@ -54,7 +54,8 @@ class Setting:
             num_key_value_heads=heads,
             max_position_embeddings=self.sequence,
         )
-        return LlamaForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu")
+        model: Any = LlamaForCausalLM(config)
+        return model.cuda() if torch.cuda.is_available() else model
 
     def with_core(self, coupling: str, split_at: int | None = NEVER) -> Any:
         """The same network with a core."""
@@ -74,7 +75,7 @@ class BenchmarkArguments:
 
     width: int = field(default=512, metadata={"help": "Hidden size of the Llama that is trained; a multiple of 64."})
     layers: int = field(default=4, metadata={"help": "Its layers."})
-    vocabulary: int = field(default=8192, metadata={"help": "Its vocabulary."})
+    vocabulary: int = field(default=4096, metadata={"help": "Its vocabulary."})
     tokens: int = field(default=2048, metadata={"help": "Tokens of one batch."})
     sequence: int = field(default=256, metadata={"help": "Tokens of one row of it."})
     rank: float = field(default=0.125, metadata={"help": "Rank of the core, < 1 as a fraction of the width."})
@@ -87,6 +88,13 @@ class BenchmarkArguments:
     )
     memory_layers: int = field(default=8, metadata={"help": "Layers for the peak memory."})
     memory_tokens: int = field(default=256, metadata={"help": "Tokens of one batch for the peak memory."})
+    clock: str = field(
+        default="wall",
+        metadata={
+            "help": "'wall': seconds; 'processor': processor seconds of this process, for a machine that does other work "
+            "too. Set OMP_NUM_THREADS=1 then, since threads that wait for each other count as busy."
+        },
+    )
     parts: list[str] = field(
         default_factory=lambda: ["steps", "linear", "memory"],
         metadata={"help": "What to measure: 'steps', 'linear' (merging B A into R against the side path), 'memory'."},
@@ -107,6 +115,8 @@ class BenchmarkArguments:
                     f"got {name}={getattr(self, name)}; needs a multiple of 64, because attention heads are 64 wide; "
                     f"set --{name}"
                 )
+        if self.clock not in ("wall", "processor"):
+            raise ValueError(f"got clock={self.clock!r}; needs 'wall' or 'processor'; set --clock")
         if unknown := set(self.parts) - {"steps", "linear", "memory"}:
             raise ValueError(f"got parts {sorted(unknown)}; needs some of 'steps', 'linear', 'memory'; set --parts")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,35 +20,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 from hf_masked import MaskedTrainer, MaskedTrainingArguments, extract_core
 
+from .clock import Taken
 from .setting import Setting
 
 WARM_UP = 1
-
-
-def now() -> float:
-    """Seconds, once the accelerator has done what it was told."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What a step took: seconds on the clock, and processor seconds of all threads of this process."""
-
-    wall: float
-    processor: float
-
-    @classmethod
-    def stamp(cls) -> Taken:
-        """The time now."""
-        return cls(now(), time.process_time())
-
-    def __sub__(self, other: Taken) -> Taken:
-        return Taken(self.wall - other.wall, self.processor - other.processor)
-
-    def __add__(self, other: Taken) -> Taken:
-        return Taken(self.wall + other.wall, self.processor + other.processor)
 
 
 class StepClock(TrainerCallback):
@@ -166,19 +140,34 @@ def train(contestant: Contestant, setting: Setting, folder: str) -> Round:
 
 @dataclass
 class Measurements:
-    """What steps took, by sample, one dict per round."""
+    """What steps took, by sample, one dict per round.
 
+    Args: `clock` is the field of `Taken` that counts.
+    """
+
+    clock: str
     rounds: list[Round] = field(default_factory=list)
 
     def seconds(self, sample: str) -> float:
         """Median over all rounds."""
-        return statistics.median(taken.wall for measured in self.rounds for taken in measured[sample])
+        return statistics.median(self._read(taken) for measured in self.rounds for taken in measured[sample])
 
-    def ratio(self, sample: str, baseline: str, clock: str = "wall") -> tuple[float, float, float]:
+    def fastest_ratio(self, sample: str, baseline: str) -> float:
+        """The fastest step of all over the baseline's fastest: what other work on the machine disturbs least."""
+
+        def fastest(name: str) -> float:
+            return min(self._read(taken) for measured in self.rounds for taken in measured[name])
+
+        return fastest(sample) / fastest(baseline)
+
+    def _read(self, taken: Taken) -> float:
+        return float(getattr(taken, self.clock))
+
+    def ratio(self, sample: str, baseline: str) -> tuple[float, float, float]:
         """Lower quartile, median and upper quartile over the rounds of sample / baseline in the same round."""
 
         def typical(steps: list[Taken]) -> float:
-            return statistics.median(getattr(taken, clock) for taken in steps)
+            return statistics.median(self._read(taken) for taken in steps)
 
         ratios = [typical(measured[sample]) / typical(measured[baseline]) for measured in self.rounds]
         if len(ratios) == 1:
@@ -187,17 +176,19 @@ class Measurements:
         return low, statistics.median(ratios), high
 
 
-def measure_steps(setting: Setting, rounds: int, steps: int, progress: Callable[[str], None] = print) -> Measurements:
+def measure_steps(
+    setting: Setting, rounds: int, steps: int, clock: str, progress: Callable[[str], None] = print
+) -> Measurements:
     """Let all contestants train in turn, `rounds` times."""
     entered = contestants(setting, steps)
-    measured = Measurements()
+    measured = Measurements(clock)
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
             this_round: Round = {}
             for contestant in entered if number % 2 == 0 else reversed(entered):
                 this_round |= train(contestant, setting, folder)
             measured.rounds.append(this_round)
-            one = Measurements([this_round])
+            one = Measurements(clock, [this_round])
             progress(
                 f"round {number + 1}/{rounds}: "
                 + ", ".join(f"{name} {one.seconds(name):.3f} s" for name in this_round)
