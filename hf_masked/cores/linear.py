@@ -1,7 +1,10 @@
 """The two linear modules of a low-rank core: what the core runs, and what a full network sharing A and B runs."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -52,6 +55,31 @@ class FactorizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+class _MergedProduct(torch.autograd.Function):
+    """x W^T with W = B A + R, which is made again in the backward pass instead of being kept for every layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, R: Tensor, A: Tensor, B: Tensor, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x, R, A, B)
+        ctx.transposed = transposed
+        return F.linear(x, _merge(R, A, B, transposed))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, R, A, B = ctx.saved_tensors
+        needs_x, needs_R, needs_A, needs_B, _ = ctx.needs_input_grad
+        dx = grad @ _merge(R, A, B, ctx.transposed) if needs_x else None
+        dW = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        dR = (dW.T if ctx.transposed else dW) if needs_R else None
+        return dx, dR, B.T @ dW if needs_A else None, dW @ A.T if needs_B else None, None
+
+
+def _merge(R: Tensor, A: Tensor, B: Tensor, transposed: bool) -> Tensor:
+    """B A + R, (out_features, in_features)."""
+    return torch.addmm(R.T if transposed else R, B, A)
+
+
 class MergedLinear(nn.Module):
     """x -> (B A + R) x + bias: the full network's side of a layer whose A and B it shares with the core.
 
@@ -77,27 +105,26 @@ class MergedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """B A + R in the layout of the layer that this one replaces."""
-        left, right = (self.A.T, self.B.T) if self.transposed else (self.B, self.A)
-        return torch.addmm(self.R, left, right)
+        merged = _merge(self.R, self.A, self.B, self.transposed)
+        return merged.T if self.transposed else merged
 
     def dense_weight(self) -> torch.Tensor:
         """B A + R, (out_features, in_features)."""
-        return self.weight.T if self.transposed else self.weight
+        return _merge(self.R, self.A, self.B, self.transposed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             # autocast leaves addmm's sum in low precision, so W would be rounded before R's own cast
             dtype = torch.get_autocast_dtype(x.device.type)
             with torch.autocast(x.device.type, enabled=False):
-                weight = self.weight.to(dtype)
-            return self._linear(x, weight)
+                weight = self.dense_weight().to(dtype)
+            return F.linear(x, weight, self.bias)
         tokens = x.numel() // x.shape[-1]
         if self.in_features * self.out_features <= tokens * (self.in_features + self.out_features):
-            return self._linear(x, self.weight)
-        return self._linear(x, self.R) + F.linear(F.linear(x, self.A), self.B)
-
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight.T if self.transposed else weight, self.bias)
+            product = _MergedProduct.apply(x, self.R, self.A, self.B, self.transposed)
+            return product if self.bias is None else product + self.bias
+        remainder = self.R.T if self.transposed else self.R
+        return F.linear(x, remainder, self.bias) + F.linear(F.linear(x, self.A), self.B)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.A.shape[0]}"
