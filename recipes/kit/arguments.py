@@ -67,11 +67,11 @@ class RecipeArguments:
         default=0.5,
         metadata={"help": "Distillation weight of the arm that tunes the SVD core under a frozen teacher."},
     )
-    compare_learning_rate_scales: list[float] = field(
-        default_factory=lambda: [1.0],
+    compare_learning_rate_scales: list[float] | None = field(
+        default=None,
         metadata={
             "help": "Try each of these core learning-rate scales in every arm that has core steps, and report the one "
-            "with the lowest mean validation loss of the core."
+            "with the lowest mean validation loss of the core. Default: --core_learning_rate_scale alone."
         },
     )
 
@@ -86,7 +86,8 @@ class RecipeArguments:
                 f"got vocab_size={self.vocab_size}; needs at least 300, because the 256 bytes and the special tokens "
                 "are part of it; set --vocab_size"
             )
-        if not self.compare_learning_rate_scales or min(self.compare_learning_rate_scales) <= 0:
+        scales = self.compare_learning_rate_scales
+        if scales is not None and (not scales or min(scales) <= 0):
             raise ValueError(
                 f"got compare_learning_rate_scales={self.compare_learning_rate_scales}; needs positive numbers, "
                 "because they multiply the learning rate; set --compare_learning_rate_scales"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_masked import add_core, core_summary, get_core
 from hf_masked.export import check_writable
@@ -32,7 +32,7 @@ NOTE = (
 )
 
 
-def run_recipe(task: Task, args: RecipeArguments, training_args: TrainingArguments) -> None:
+def run_recipe(task: Task, args: RecipeArguments, training_args: Any) -> None:
     """Train the joint run (and with `--compare` every other arm) and leave everything in `output_dir`.
 
     The folder then holds the full network, `core/`, `losses.png`, `results.json`, `table.md`, and with `--compare`
@@ -49,7 +49,8 @@ def run_recipe(task: Task, args: RecipeArguments, training_args: TrainingArgumen
             trainer.save_model(str(out))
             exported[:] = [run]
 
-    runs = run_arms(task, arms, training_args, seeds, args.compare_learning_rate_scales, keep_best)
+    scales = args.compare_learning_rate_scales or [training_args.core_learning_rate_scale]
+    runs = run_arms(task, arms, training_args, seeds, scales, keep_best)
     chosen = choose_scales(runs)
     reports = describe_networks(task, out, training_args.per_device_eval_batch_size) if exported else []
     text = summary(task, reports, chosen, args.compare or len(seeds) > 1)
