@@ -129,9 +129,9 @@ class YieldingWeight:
 
         w * clamp((core - teacher) / (tolerance * teacher), 0, 1)
 
-    with `core` and `teacher` the exponential means of both networks' label losses, on the newest batch only: on a replayed
-    one the core's loss says how often it saw it. A teacher that
-    knows no more than the core holds it back; at a gap of `tolerance` of the teacher's loss, or more, the whole w
+    with `core` and `teacher` the exponential means of both networks' label losses on batches that neither has seen, so the
+    newest ones of the first epoch: on others the core's loss says how often it saw them. A teacher that knows no more than
+    the core holds it back; at a gap of `tolerance` of the teacher's loss, or more, the whole w
     applies. The weight changes between updates only, so that it is the same for every microbatch of one.
     """
 

@@ -156,8 +156,8 @@ class UpdateStepMixin(JointHooks):
                 devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
                 items = None if num_items_in_batch is None else num_items_in_batch / devices
                 teaching, phase = under_way.teaching, under_way.phase
-                if self._now().info.update <= 1:
-                    # not on replayed batches, which the core has seen more often than its teacher
+                if self._now().info.update <= 1 and (self.state.epoch or 0) < 1:
+                    # on batches that neither network has seen: replayed ones are better known to the core
                     self._yielding.see(loss, teaching.loss)
                 weight = self._yielding.weight(phase.distill_weight)
                 temperature = phase.distill_temperature

@@ -1,0 +1,215 @@
+"""The recipes, run as a user runs them, and the shared parts that a wrong table would hide behind."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("datasets")
+pytest.importorskip("sacrebleu")
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "recipes"))
+
+from causal_lm import CausalArguments, pack, score  # noqa: E402
+from datasets import load_from_disk  # noqa: E402
+from kit.arguments import parse  # noqa: E402
+from kit.arms import comparison_arms, joint_arm  # noqa: E402
+from kit.corpus import SourceFile, documents, new_paragraphs  # noqa: E402
+from kit.flops import StepCosts, count_flops  # noqa: E402
+from kit.sources import load_splits  # noqa: E402
+from kit.table import render, spread  # noqa: E402
+from kit.tokenizer import train_tokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: E402
+
+from hf_masked import MaskedTrainingArguments  # noqa: E402
+
+TINY_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+TINY_T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+ARMS = [
+    "full_alone",
+    "full_alone_2n",
+    "core_alone",
+    "core_alone_flops",
+    "paper",
+    "svd",
+    "svd_distilled",
+    "svd_flops",
+    "joint",
+]
+
+
+def run(recipe: str, *flags: str) -> str:
+    """Run a recipe in a process of its own, with no network, and return what it printed."""
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": ""}
+    command = [sys.executable, str(ROOT / "recipes" / recipe), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=offline, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def check_products(out: Path, printed: str, arms: list[str]) -> dict:
+    """The files are there, the table is the results file's, and what was reloaded scores as what was trained."""
+    for name in ("model.safetensors", "core/model.safetensors", "losses.png", "table.md", "results.json"):
+        assert (out / name).stat().st_size > 0, name
+    results = json.loads((out / "results.json").read_text())
+    assert list(dict.fromkeys(r["arm"] for r in results["runs"])) == arms
+    full, core = results["networks"]
+    assert core["parameters"] < full["parameters"]
+    assert core["bytes_on_disk"] < full["bytes_on_disk"]
+    assert core["flops_per_token"] < full["flops_per_token"]
+    for network in (full, core):
+        assert re.search(rf"^\| {network['name']} .*{network['parameters']:,}", printed, re.M)
+    joint = next(r for r in results["runs"] if r["arm"] == "joint")
+    assert full["scores"]["loss"] == pytest.approx(joint["full"]["loss"], abs=2e-4)
+    assert core["scores"]["loss"] == pytest.approx(joint["core"]["loss"], abs=2e-4)
+    assert full["scores"]["loss"] != pytest.approx(core["scores"]["loss"], abs=2e-4)
+    return results
+
+
+def test_causal_lm_compares_and_exports(tmp_path: Path) -> None:
+    printed = run(
+        "causal_lm.py",
+        str(ROOT / "recipes/configs/causal_lm/quickstart.yaml"),
+        *("--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")),
+        *("--corpus_characters", "300000", "--vocab_size", "400", "--block_size", "16", "--max_eval_samples", "64"),
+        *("--model_config", json.dumps(TINY_LLAMA), "--max_steps", "6", "--per_device_train_batch_size", "4"),
+        *("--warmup_steps", "0", "--eval_strategy", "no", "--logging_steps", "1", "--sample_tokens", "5"),
+        *("--compare", "--seeds", "1"),
+    )
+    results = check_products(tmp_path / "out", printed, ARMS)
+    assert (tmp_path / "out/comparison.png").stat().st_size > 0
+    full = {r["arm"]: r["full"]["loss"] for r in results["runs"] if r["full"]}
+    assert full["joint"] == full["full_alone"], "the ride-along run leaves the full network's training as it was"
+    assert full["paper"] != full["full_alone"]
+    flops = {r["arm"]: r["flops"] for r in results["runs"]}
+    for arm in ("core_alone_flops", "svd_distilled", "svd_flops"):
+        assert flops[arm] == pytest.approx(flops["joint"], rel=0.1), "equal FLOPs up to a whole step"
+
+    (cache,) = (tmp_path / "cache").iterdir()
+    rows = load_from_disk(cache / "splits")["validation"]
+    core = AutoModelForCausalLM.from_pretrained(tmp_path / "out", subfolder="core").eval()
+    assert score(core, rows, 32)["loss"] == pytest.approx(results["networks"][1]["scores"]["loss"], abs=1e-5)
+
+
+def test_translation_scores_both_networks(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    words = {"rot": "red", "blau": "blue", "haus": "house", "hund": "dog", "baum": "tree", "groß": "big"}
+    german = [f"{a} {b} {c}" for a in words for b in words for c in words]
+    english = [" ".join(words[word] for word in text.split()) for text in german]
+    sources = ["even" if index % 2 else "odd" for index in range(len(german))]
+    pandas.DataFrame({"de": german, "en": english, "source": sources}).to_parquet(tmp_path / "pairs.parquet")
+    printed = run(
+        "translation.py",
+        str(ROOT / "recipes/configs/translation/deen.yaml"),
+        *("--dataset_name", str(tmp_path / "pairs.parquet"), "--group_column", "source", "--max_length", "16"),
+        *("--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--vocab_size", "320"),
+        *("--model_type", "t5", "--model_config", json.dumps(TINY_T5), "--max_steps", "4", "--warmup_steps", "0"),
+        *("--per_device_train_batch_size", "8", "--logging_steps", "1", "--label_smoothing_factor", "0"),
+        *("--seeds", "0", "1"),
+    )
+    results = check_products(tmp_path / "out", printed, ["joint"])
+    scores = results["networks"][1]["scores"]
+    assert {"loss", "bleu", "chrf"} < set(scores)
+    assert "±" in printed, "two seeds"
+    assert sum(name.startswith("bleu (") for name in scores) == 2
+    assert scores["bleu"] == pytest.approx(results["runs"][0]["core"]["bleu"], abs=1e-6)
+    AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", subfolder="core")
+
+
+def test_flags_beat_the_file_and_mistakes_are_named(tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("output_dir: a\nmax_steps: 3\nlearning_rate: 1e-3\nmodel_config: {hidden_size: 8}\n")
+    types = (CausalArguments, MaskedTrainingArguments)
+    args, training = parse(types, [str(settings), "--max_steps", "5"], "", core="low_rank")
+    assert (training.max_steps, training.learning_rate, training.core) == (5, 1e-3, "low_rank")
+    assert args.model_fields == {"hidden_size": 8}
+    settings.write_text("max_stepz: 3\n")
+    with pytest.raises(ValueError, match=r"'max_stepz'.*'max_steps'"):
+        parse(types, [str(settings)], "")
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        parse(types, ["none.yaml"], "")
+    with pytest.raises(ValueError, match="--model_config"):
+        CausalArguments(model_config="{")
+
+
+def test_data_is_checked_before_training(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--dataset_name"):
+        load_splits(str(tmp_path / "none.jsonl"), None, ["text"])
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"row {n}", "empty": ""}) + "\n" for n in range(99))
+    )
+    name = str(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"needs \['words'\]"):
+        load_splits(name, None, ["words"])
+    with pytest.raises(ValueError, match="no text in column 'empty'"):
+        load_splits(name, None, ["empty"])
+    splits = load_splits(name, None, ["text"])
+    texts = {split: set(splits[split]["text"]) for split in ("train", "validation")}
+    assert len(texts["train"] | texts["validation"]) == 99 and not texts["train"] & texts["validation"]
+
+
+def test_corpus_reads_files_without_running_them(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text('"""What this module is for."""\nraise SystemExit\ndef f():\n    "Say something."\n')
+    assert list(documents(SourceFile("pkg/module.py", path))) == ["What this module is for.", "Say something."]
+    seen: set[str] = set()
+    text = "A paragraph that is long enough to be kept as prose.\n\nshort"
+    assert len(list(new_paragraphs(text, seen))) == 1
+    assert not list(new_paragraphs(text, seen)), "no paragraph twice"
+
+
+def test_tokenizer_round_trip_and_packing() -> None:
+    texts = ["Grüße, world: x = 1", "another line of text"] * 20
+    tokenizer = train_tokenizer(texts, 300)
+    assert tokenizer.decode(tokenizer(texts[0])["input_ids"]) == texts[0]
+    blocks = list(pack(texts, tokenizer, 8))
+    assert {len(block) for block in blocks} == {8}
+    joined = tokenizer.eos_token.join(texts)
+    assert joined.startswith(tokenizer.decode([token for block in blocks for token in block])[:-20])
+
+
+def test_flops_equal_the_closed_form() -> None:
+    batch, heads, length, width = 2, 4, 8, 16
+    q, k, v = (torch.randn(batch, heads, length, width, requires_grad=True) for _ in range(3))
+    product = 2 * batch * heads * length * length * width
+    forward = count_flops(lambda: nn.functional.scaled_dot_product_attention(q, k, v))
+    assert forward == 2 * product, "Q K^T and the product with V"
+    both = count_flops(lambda: nn.functional.scaled_dot_product_attention(q, k, v).sum().backward())
+    assert both >= forward + 4 * product, "four products backward, and what is computed anew"
+    linear = nn.Linear(16, 32, bias=False)
+    assert count_flops(lambda: linear(torch.randn(8, 16)).sum().backward()) == 2 * (2 * 8 * 16 * 32)
+
+
+def test_arms_meet_at_equal_flops() -> None:
+    costs = StepCosts(full=3000, core=900, teacher=1000)
+    joint = joint_arm(100, "ride_along", costs)
+    arms = {arm.key: arm for arm in comparison_arms(100, costs, joint, {"rank": 8}, 0.5)}
+    assert list(arms) == ARMS
+    flops = {key: arm.flops(costs, 100 * costs.full) for key, arm in arms.items()}
+    for key in ("core_alone_flops", "svd_flops", "svd_distilled"):
+        assert flops[key] == pytest.approx(flops["joint"], rel=0.005)
+    assert flops["svd"] < flops["svd_distilled"]
+    steps = {key: (arm.full_updates, arm.core_updates) for key, arm in arms.items()}
+    assert steps["full_alone"] == (100, 0) and steps["core_alone"] == (0, 100) and steps["paper"] == (100, 100)
+
+
+def test_tables() -> None:
+    assert render(["", "n"], [["a", "10"], ["bb", "9"]]).splitlines() == [
+        "|    |  n |",
+        "|----|---:|",
+        "| a  | 10 |",
+        "| bb |  9 |",
+    ]
+    assert spread([1.0, 3.0], 1) == "2.0 ± 1.4"
+    assert spread([], 1) == "-"
