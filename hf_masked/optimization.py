@@ -99,14 +99,14 @@ def refuse_unsupported(trainer: Any) -> None:
     Raises: ValueError.
     """
     args = trainer.args
+    curve = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     reasons = {
         "FSDP": (trainer.is_fsdp_enabled or bool(args.fsdp), "it would shard the full network without its core"),
         "DeepSpeed": (trainer.is_deepspeed_enabled, "its engine steps one network only"),
         "DataParallel": (args.n_gpu > 1, "its replicas have no core; use torchrun or accelerate launch"),
         "model parallelism": (trainer.is_model_parallel, "the core would lie on one device"),
-        f"lr_scheduler_type={args.lr_scheduler_type}": (
-            str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-            in ("reduce_lr_on_plateau", "greedy"),
+        f"--lr_scheduler_type {curve}": (
+            curve in ("reduce_lr_on_plateau", "greedy"),
             "it follows one metric, and the core has another",
         ),
     }

@@ -5,7 +5,9 @@ per microbatch: [perturb] forward, backward [restore]
 after reduction: grad_mask -> clip -> optimizer step under update_mask
 """
 
-from contextlib import nullcontext
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .apply import evaluate_mask, mask_gradients, perturbed
 from .cores import split
+from .cores.base import unwrap
 from .distillation import Teaching, distill
 from .hooks import JointHooks
 from .optimization import forget_moments
@@ -119,8 +122,9 @@ class UpdateStepMixin(JointHooks):
         """Forward and backward of one microbatch through one network, at x + dx where the phase perturbs."""
         keep = network == "full" and (self._now().rides or phase.network == "sum")
         self._pass = under_way = ForwardPass(phase, network, teaching, keep_teaching=keep)
+        apart: AbstractContextManager[None] = self._host_metrics_apart() if network == "core" else nullcontext()
         try:
-            with perturbed(self._trained(phase), phase.perturbation, self._now().info):
+            with apart, perturbed(self._trained(phase), phase.perturbation, self._now().info):
                 loss = super().training_step(model, inputs, num_items)
         finally:
             self._pass = None
@@ -129,6 +133,16 @@ class UpdateStepMixin(JointHooks):
             label_loss = loss if network == "full" else under_way.label_loss * (loss / under_way.total_loss)  # type: ignore[operator]
             self._meter.add(f"loss_{network}", label_loss, 1 / self.current_gradient_accumulation_steps)
         return loss
+
+    @contextmanager
+    def _host_metrics_apart(self) -> Iterator[None]:
+        """Keep what a host trainer (TRL's do) measures in compute_loss about the full network's passes only."""
+        names = [name for name in ("_metrics", "_total_train_tokens") if hasattr(self, name)]
+        held = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        try:
+            yield
+        finally:
+            vars(self).update(held)
 
     def compute_loss(
         self,
@@ -143,7 +157,7 @@ class UpdateStepMixin(JointHooks):
         if under_way is None or not self._joint:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         batch = dict(inputs)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = self._loss_and_outputs(model, inputs, **kwargs)
         if not self._checked:
             self._check_first_batch(batch, outputs)
         if under_way.network == "full":
@@ -152,7 +166,7 @@ class UpdateStepMixin(JointHooks):
         else:
             under_way.label_loss = loss.detach()
             if under_way.teaching is not None:
-                logits = self._logits_of(outputs)
+                logits = self._logits(self._core_wrapped, batch, outputs)
                 devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
                 items = None if num_items_in_batch is None else num_items_in_batch / devices
                 teaching, phase = under_way.teaching, under_way.phase
@@ -169,7 +183,7 @@ class UpdateStepMixin(JointHooks):
     def _check_first_batch(self, inputs: dict[str, Any], outputs: Any) -> None:
         """Refuse, in the first forward pass, what core updates could not use when their time comes."""
         if self.plan.core.distill_weight > 0:
-            self._logits_of(outputs)
+            self._logits(self.model, inputs, outputs)
         last = StepInfo(self.state.max_steps - 1, self.state.max_steps, self.args.mask_seed)
         if len(self.plan.phases(last)) > 1:
             self._replay.check(inputs)
@@ -182,15 +196,40 @@ class UpdateStepMixin(JointHooks):
         """Keep the microbatch, and what the full network said to it, for the core updates that follow."""
         teaching = None
         if self.plan.core.distill_weight > 0:
-            teaching = self._teaching(outputs, loss)
+            teaching = self._teaching(inputs, outputs, loss)
         self._now().seen.microbatches.append(Microbatch(inputs, teaching))
         self._now().seen.num_items = num_items
 
-    def _teaching(self, outputs: Any, loss: torch.Tensor) -> Teaching:
+    def _teaching(self, inputs: Any, outputs: Any, loss: torch.Tensor) -> Teaching:
         temperature = self.plan.core.distill_temperature
-        return Teaching.from_logits(self._logits_of(outputs), self.args.distill_top_k, temperature, loss)
+        with torch.no_grad():
+            logits = self._logits(self.model, inputs, outputs)
+        return Teaching.from_logits(logits, self.args.distill_top_k, temperature, loss)
 
-    def _logits_of(self, outputs: Any) -> torch.Tensor:
+    def _loss_and_outputs(self, model: nn.Module, inputs: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """The host trainer's loss, and what the network put out on the way.
+
+        Not by `return_outputs=True`, for which some trainers (TRL's) make another forward pass.
+        """
+        caught: list[Any] = []
+        hook = model.register_forward_hook(lambda module, args, outputs: caught.append(outputs))
+        try:
+            loss: Any = super().compute_loss(model, inputs, **kwargs)
+        finally:
+            hook.remove()
+        return loss, caught[-1] if caught else None
+
+    def _logits(self, model: nn.Module, inputs: Any, outputs: Any) -> torch.Tensor:
+        """The logits in `outputs`, or of another pass where the loss was computed without making them."""
+        if isinstance(outputs, dict) and outputs.get("logits") is None and "loss" in outputs:
+            unlabelled = {k: v for k, v in inputs.items() if k != "labels"}
+            network = unwrap(model)
+            with (
+                own_random_stream(self._now().info.random_seed("logits"), self.args.device),
+                self.accelerator.autocast(),
+            ):
+                # the class's own forward: what was put over it on the full model may still call the full model
+                outputs = type(network).forward(network, **unlabelled)
         logits = outputs.get("logits") if isinstance(outputs, dict) else None
         if logits is None:
             raise ValueError(
@@ -208,11 +247,13 @@ class UpdateStepMixin(JointHooks):
         training = self.model.training
         self.model.eval()
         seed = self._now().info.random_seed("teacher")
-        with torch.no_grad(), own_random_stream(seed, self.args.device), self.compute_loss_context_manager():
-            prepared = dict(self._prepare_inputs(inputs))
-            loss, outputs = self.compute_loss(self.model, prepared, return_outputs=True, num_items_in_batch=num_items)
+        apart = self._host_metrics_apart()
+        with torch.no_grad(), own_random_stream(seed, self.args.device), self.compute_loss_context_manager(), apart:
+            prepared = self._prepare_inputs(inputs)
+            loss, outputs = self._loss_and_outputs(self.model, dict(prepared), num_items_in_batch=num_items)
+            teaching = self._teaching(prepared, outputs, loss)
         self.model.train(training)
-        return self._teaching(outputs, loss)
+        return teaching
 
     # ---- the slots ----
 

@@ -53,7 +53,8 @@ def _load(name: str, config: str | None) -> DatasetDict:
 
 
 def _load_folder(folder: Path) -> DatasetDict:
-    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in LOADERS}
+    splits = ("train", "validation", "test")
+    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in LOADERS and path.stem in splits}
     loaders = {LOADERS[path.suffix] for path in files.values()}
     if "train" not in files or len(loaders) != 1:
         raise ValueError(
@@ -61,7 +62,7 @@ def _load_folder(folder: Path) -> DatasetDict:
             "file per split, 'train' among them, all of one kind, because splits are found by file name; set "
             "--dataset_name to such a folder or to a single file"
         )
-    wanted = {split: str(files[split]) for split in ("train", "validation", "test") if split in files}
+    wanted = {split: str(files[split]) for split in splits if split in files}
     return load_dataset(loaders.pop(), data_files=wanted)
 
 
