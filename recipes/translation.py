@@ -186,7 +186,9 @@ def main(argv: list[str]) -> None:
     args, training_args = parsed
     splits, tokenizer = prepare(args)
     report = splits.get("test", splits["validation"])
-    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    # label smoothing takes the labels from the model, which then needs the decoder's inputs from the collator
+    shifting_model = new_model(training_args.seed, args, tokenizer)
+    collator = DataCollatorForSeq2Seq(tokenizer, model=shifting_model, label_pad_token_id=IGNORED)
     size = training_args.per_device_eval_batch_size
     measured = partial(score, rows=report, collator=collator, args=args, batch_size=size)
     run_recipe(

@@ -72,10 +72,11 @@ class Contestant:
     """One way to train.
 
     Args:
-        samples: names of its samples, each with the first and last timed step (0-based, last excluded); "core" for the
-            core updates that ride along.
-        options: of MaskedTrainingArguments; None for Trainer itself.
         model: is trained over and over; only its cost matters.
+        options: of MaskedTrainingArguments; None for Trainer itself.
+        samples: names of its samples, each with the first timed step and the one after the last; those of "ride core"
+            count the core updates that ride along instead.
+        steps: of one `train()` call.
     """
 
     model: Any
