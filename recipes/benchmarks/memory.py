@@ -1,13 +1,15 @@
 """Peak memory of a short training run, each kind in a process of its own.
 
 On an accelerator the peak is what its allocator held; on a processor, what the process held in main memory beyond what
-it held with all imports done and a first product computed.
+it held with all imports done and a first product computed. glibc is told to give large blocks back to the system at
+once, or else the peak would depend on how it happens to reuse them, by a few per cent from run to run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from kit.machine import peak_memory, reset_peak_memory
 from benchmarks.setting import Setting
 
 STEPS = 4
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 # kind -> (coupling, options); under ride_along the split and two core updates per step come after the first step
 JOINT: dict[str, tuple[str, dict[str, Any]]] = {
     "ride_along": ("free", {"schedule": {"name": "ride_along", "core_updates": 2.0, "start": 1}}),
@@ -54,7 +57,7 @@ def measure_memory(setting: Setting) -> list[Memory]:
     command = [sys.executable, str(Path(__file__).resolve()), json.dumps(dataclasses.asdict(setting))]
     found = []
     for kind in KINDS:
-        finished = subprocess.run([*command, kind], capture_output=True, text=True)
+        finished = subprocess.run([*command, kind], capture_output=True, text=True, env=os.environ | GIVE_BACK)
         if finished.returncode:
             raise RuntimeError(f"the process that measures {kind!r} failed:\n{finished.stderr[-2000:]}")
         found.append(Memory(**json.loads(finished.stdout.splitlines()[-1])))
