@@ -1,0 +1,176 @@
+"""A killed or failed export: the folder loads as the old pair of networks, as the new one, or not at all.
+
+One process per test imports everything once and forks a child per export, so that killing is cheap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = """
+import json, os, random, resource, shutil, signal, sys, time
+from pathlib import Path
+
+import torch
+from common import rows, tiny
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from hf_masked import export, extract_core, merge_full
+
+logging.set_verbosity_error()
+# a child killed inside a progress bar would keep the lock that it shares with this process
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+base, scenario = Path(sys.argv[1]), sys.argv[2]
+target, kept = base / "out", base / "kept"
+IDS = rows(1)[0]["input_ids"][None]
+pair = {"old": tiny(seed=0, core="free"), "new": tiny(seed=1, core="shared", rank=3)}
+sharded = {"old": "40KB", "new": "1GB"} if scenario != "random" else {"old": "1GB", "new": "40KB"}
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+EXPECTED = {(kind, age): logits(make(model)) for age, model in pair.items()
+            for kind, make in (("full", merge_full), ("core", extract_core))}
+
+def loads_as(kind):
+    try:
+        found = logits(AutoModelForCausalLM.from_pretrained(target, subfolder="core" if kind == "core" else ""))
+    except Exception:
+        return "nothing"
+    return next((age for age in pair if torch.equal(found, EXPECTED[kind, age])), "something else")
+
+def renew():
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(kept, target)
+
+def write(age):
+    export(pair[age], target, max_shard_size=sharded[age])
+
+def write_in_place(age):
+    merge_full(pair[age]).save_pretrained(target, max_shard_size=sharded[age])
+    extract_core(pair[age]).save_pretrained(target / "core", max_shard_size=sharded[age])
+
+def child(action):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        action()
+    except BaseException as error:
+        print(json.dumps({"error": repr(error)}), flush=True)
+        os._exit(3)
+    os._exit(0)
+
+def die_at(number):
+    # every file that Python opens, moves or removes in the folder is a moment to die at
+    seen = [0]
+    def count(event, args):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(target) in str(args[0]):
+            seen[0] += 1
+            if seen[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+
+def report(**more):
+    print(json.dumps({"full": loads_as("full"), "core": loads_as("core"), **more}), flush=True)
+
+write("old")
+shutil.copytree(target, kept)
+report()
+if scenario in ("every", "in place"):
+    action, number, killed = write if scenario == "every" else write_in_place, 0, True
+    while killed:
+        number += 1
+        renew()
+        pid = child(lambda: (die_at(number), action("new")))
+        killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        report(killed=killed)
+elif scenario == "random":
+    started = time.perf_counter()
+    os.waitpid(child(lambda: write("new")), 0)
+    took = time.perf_counter() - started
+    for number in range(15):
+        renew()
+        pid = child(lambda: write("new"))
+        time.sleep(random.Random(number).random() * took)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        report(killed=True)
+    write("new")
+    report(killed=False)
+elif scenario == "no space":
+    def cramped():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        write("new")
+    status = os.waitpid(child(cramped), 0)[1]
+    report(code=os.waitstatus_to_exitcode(status), files=sorted(str(p.relative_to(target)) for p in target.rglob("*")),
+           kept=sorted(str(p.relative_to(kept)) for p in kept.rglob("*")))
+"""
+TESTS = Path(__file__).resolve().parent
+
+
+def outcomes(folder: Path, scenario: str) -> list[dict[str, Any]]:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), scenario]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    told = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert (told[0]["full"], told[0]["core"]) == ("old", "old")
+    return told[1:]
+
+
+def sound(outcome: dict[str, Any]) -> bool:
+    """Both of one export, or not there."""
+    ages = {outcome["full"], outcome["core"]} - {"nothing"}
+    return len(ages) <= 1 and "something else" not in ages
+
+
+def test_killed_at_every_file_operation(tmp_path: Path) -> None:
+    found = outcomes(tmp_path, "every")
+    assert len(found) > 20 and all(map(sound, found)), [o for o in found if not sound(o)]
+    counted = Counter((o["full"], o["core"]) for o in found)
+    assert counted["old", "old"] > 5 and counted["nothing", "nothing"] >= 1, counted
+    assert found[-1] == {"full": "new", "core": "new", "killed": False}
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    found = outcomes(tmp_path, "random")
+    assert sum(o["killed"] for o in found) == 15 and all(map(sound, found)), [o for o in found if not sound(o)]
+    assert found[-1] == {"full": "new", "core": "new", "killed": False}, "what a killed export left is in the way"
+
+
+def test_saving_in_place_would_not_do(tmp_path: Path) -> None:
+    """Negative control: two plain save_pretrained, killed at the same moments, leave mixtures."""
+    assert not all(map(sound, outcomes(tmp_path, "in place")))
+
+
+def test_export_without_space_leaves_the_old_one(tmp_path: Path) -> None:
+    found = outcomes(tmp_path, "no space")
+    assert "error" in found[0], "the export did not fail"
+    after = found[-1]
+    assert after["code"] == 3 and (after["full"], after["core"]) == ("old", "old")
+    assert after["files"] == after["kept"], "leftovers"
+
+
+@pytest.mark.parametrize("depth", ["file", "file/below"])
+def test_output_that_is_no_folder(depth: str, tmp_path: Path) -> None:
+    from common import tiny
+
+    from hf_masked import export
+
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(NotADirectoryError, match=r"got the output folder.*needs.*is a file"):
+        export(tiny(core="free"), tmp_path / depth)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
