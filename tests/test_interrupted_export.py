@@ -73,10 +73,12 @@ def child(action):
     os._exit(0)
 
 def die_at(number):
-    # every file that Python opens, moves or removes in the folder is a moment to die at
+    # every file that Python opens, moves or removes in the folder is a moment to die at; what is written aside is not
+    # yet part of it
     seen = [0]
     def count(event, args):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(target) in str(args[0]):
+        aside = event == "open" and ".export-" in str(args[0])
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(target) in str(args[0]) and not aside:
             seen[0] += 1
             if seen[0] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -96,6 +98,8 @@ if scenario in ("every", "in place"):
         pid = child(lambda: (die_at(number), action("new")))
         killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
         report(killed=killed)
+        if action is write_in_place and "something else" in (loads_as("full"), loads_as("core")):
+            break
 elif scenario == "random":
     started = time.perf_counter()
     os.waitpid(child(lambda: write("new")), 0)
@@ -139,9 +143,9 @@ def sound(outcome: dict[str, Any]) -> bool:
 
 def test_killed_at_every_file_operation(tmp_path: Path) -> None:
     found = outcomes(tmp_path, "every")
-    assert len(found) > 20 and all(map(sound, found)), [o for o in found if not sound(o)]
+    assert len(found) > 10 and all(map(sound, found)), [o for o in found if not sound(o)]
     counted = Counter((o["full"], o["core"]) for o in found)
-    assert counted["old", "old"] > 5 and counted["nothing", "nothing"] >= 1, counted
+    assert counted["old", "old"] >= 1 and counted["nothing", "nothing"] >= 1, counted
     assert found[-1] == {"full": "new", "core": "new", "killed": False}
 
 

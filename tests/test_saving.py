@@ -95,6 +95,7 @@ AutoModelForCausalLM.from_pretrained(folder, subfolder="core")
 """
 
 
+@pytest.mark.parametrize("trained", ["shared"], indirect=True)
 def test_stock_process_loads_the_full_and_refuses_the_core(trained: tuple[Any, Path]) -> None:
     _, folder = trained
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

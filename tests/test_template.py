@@ -131,7 +131,7 @@ def train(model: Any, folder: Path, plan: Plan | None = None, **changes: Any) ->
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
     }
-    args = arguments(folder, **sgd | {"distill_weight": 0.0} | changes)
+    args = arguments(folder, **sgd | {"distill_weight": 0.0, "core_learning_rate_scale": 1.0} | changes)
     trainer = MaskedTrainer(model, args, plan=plan, train_dataset=labelled(), data_collator=collate)
     watch = Watch(model) if hasattr(model, "hf_masked_core") else None
     if watch is not None:
