@@ -40,7 +40,7 @@ def extract_core(model: PreTrainedModel, core_format: CoreFormat = "factorized")
     if core_format not in ("factorized", "dense"):
         raise ValueError(f"got core_format={core_format!r}; needs 'factorized' or 'dense'")
     core = get_core(model)
-    core.sync(unwrap(model))  # type: ignore[arg-type]
+    core.sync(unwrap(model))
     extracted = _without_autocast(copy.deepcopy(core.model))
     extracted.requires_grad_(True)
     if core_format == "factorized":

@@ -56,11 +56,16 @@ class Core:
     frozen: list[tuple[nn.Parameter, nn.Parameter]] = field(default_factory=list)
     active_thread: int | None = None
 
-    def sync(self, full: PreTrainedModel) -> None:
-        """Bring the core to the full network's device and dtype, and tie again what `.to()` has torn apart."""
-        reference, own = _first_parameter(full), _first_parameter(self.model)
-        if own.device != reference.device or own.dtype != reference.dtype:
-            nn.Module.to(self.model, device=reference.device, dtype=reference.dtype)
+    def sync(self, full: nn.Module) -> None:
+        """Bring the core to the full network's device and dtypes, tensor by tensor, and tie again what `.to()` tore."""
+        theirs = _tensors(full)
+        for path in self.sites:
+            of_site: torch.Tensor = next(full.get_submodule(path).parameters())
+            theirs |= {f"{path}.{name}": of_site for name in _tensors(self.model.get_submodule(path))}
+        for name, mine in _tensors(self.model).items():
+            like = theirs.get(name, mine)
+            if mine.device != like.device or mine.dtype != like.dtype:
+                mine.data = mine.data.to(like.device, like.dtype)
         for full_parameter, core_parameter in self.frozen:
             core_parameter.data = full_parameter.data
 
@@ -70,8 +75,8 @@ class Core:
         return {n: p for n, p in self.model.named_parameters() if id(p) not in shared and p.requires_grad}
 
 
-def _first_parameter(model: nn.Module) -> nn.Parameter:
-    return next(p for p in model.parameters() if p.is_floating_point())
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -142,7 +147,7 @@ def core_mode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             "got core_mode(model) from a second thread; needs one thread at a time, because the switch belongs to the "
             "model object; call get_core(model).model(...) instead, which switches nothing"
         )
-    core.sync(full)  # type: ignore[arg-type]
+    core.sync(full)
     core.model.train(full.training)
     saved = {table: full.__dict__[table] for table in _TABLES}
     core.active_thread = threading.get_ident()
