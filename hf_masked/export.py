@@ -168,6 +168,8 @@ def _write_network(model: PreTrainedModel, folder: Path, processing_class: Any, 
 
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
+    for abandoned in target.glob(".export-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     # inside the target, so that moving a file is a rename on one file system
     folder = Path(tempfile.mkdtemp(prefix=".export-", dir=target))
     try:
