@@ -157,19 +157,21 @@ def measure(args: BenchmarkArguments) -> tuple[str, dict[str, Any]]:
     return "\n\n".join([figures_table(figures), *tables]), results
 
 
-def describe(args: BenchmarkArguments) -> str:
-    """What was measured, where."""
+def describe(args: BenchmarkArguments, results: dict[str, Any]) -> str:
+    """What was measured, where, and how busy the machine was (its load average includes the benchmark itself)."""
     steps, machine, libraries = args.for_steps(), hardware(), versions()
     where = machine["accelerator"] or f"{machine['processor']}, {machine['torch_threads']} threads"
     with_what = ", ".join(
         f"{name} {libraries[name]}" for name in ("hf_masked", "torch", "transformers") if name in libraries
     )
     memory = args.for_memory()
+    load = " and ".join(f"{results[f'load_average_{when}'][0]:.1f}" for when in ("before", "after"))
     return (
         f"Llama of width {steps.width}, {steps.layers} layers, vocabulary {steps.vocabulary:,}, {steps.tokens:,} tokens per "
         f"batch in rows of {steps.sequence}, core of rank {steps.rank:g}; peak memory at width {memory.width}, "
         f"{memory.layers} layers, {memory.tokens:,} tokens. {where}; {with_what}. Ratios are medians over {args.repeats} "
-        f"rounds of trainers that take turns in one process, of {'processor ' * (args.clock == 'processor')}seconds."
+        f"rounds of trainers that take turns in one process, of {'processor ' * (args.clock == 'processor')}seconds. "
+        f"Load average before and after: {load}."
     )
 
 
@@ -185,7 +187,7 @@ def main() -> None:
     parser = HfArgumentParser(BenchmarkArguments, description=__doc__)  # type: ignore[arg-type]
     (args,) = parser.parse_args_into_dataclasses()
     tables, results = measure(args)
-    text = f"`{command()}`\n\n{describe(args)}\n\n{tables}\n"
+    text = f"`{command()}`\n\n{describe(args, results)}\n\n{tables}\n"
     print("\n" + text)
     if args.output is None:
         return
