@@ -12,14 +12,11 @@ Parameters = Mapping[str, nn.Parameter]
 
 
 @contextmanager
-def perturbed(parameters: Parameters, rule: Perturbation | None, info: StepInfo) -> Iterator[None]:
+def perturbed(parameters: Parameters, rule: Perturbation, info: StepInfo) -> Iterator[None]:
     """Inside, the parameters are x + dx; afterwards they are x again, restored by copy, bit for bit.
 
     Cost: one copy of the parameters that are displaced.
     """
-    if rule is None:
-        yield
-        return
     with torch.no_grad():
         deltas = rule(info, {name: p.detach() for name, p in parameters.items()})
         _check_names("perturbation", deltas, parameters)

@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from .apply import MaskedSteps
     from .cores import Core
     from .distillation import YieldingWeight
+    from .forward_pass import ForwardPass, UpdateStep
     from .meters import LossMeter
     from .optimization import Stepper
     from .plan import Plan
     from .replay import ReplayBuffer
-    from .update_step import ForwardPass, UpdateStep
 
     class JointHooks(Trainer):
         """A Trainer with the attributes of joint training; at run time the mixin's host class is the Trainer."""

@@ -32,7 +32,7 @@ class StepInfo:
         update: 0 for the update made on the trainer's own batch, 1, 2, ... for the core updates that ride along.
 
     >>> StepInfo(step=3, max_steps=10, seed=0).random_seed("grad_mask", "lm_head.weight")
-    17028166093213229
+    48511680502227794
     """
 
     step: int

@@ -5,54 +5,24 @@ per microbatch: [perturb] forward, backward [restore]
 after reduction: grad_mask -> clip -> optimizer step under update_mask
 """
 
-import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .apply import evaluate_mask, mask_gradients, perturbed
 from .cores import split
-from .cores.base import unwrap
-from .distillation import Teaching, distill
-from .hooks import JointHooks
+from .distillation import Teaching
+from .forward_pass import ForwardPass, ForwardPassMixin, UpdateStep
 from .optimization import forget_moments
 from .randomness import own_random_stream
-from .replay import Batch, Microbatch
+from .replay import Batch
 from .types import Phase, StepInfo
 
 
-@dataclass
-class UpdateStep:
-    """The update step under way."""
-
-    info: StepInfo
-    phases: tuple[Phase, ...]
-    seen: Batch = field(default_factory=lambda: Batch([], None))
-
-    @property
-    def rides(self) -> bool:
-        """Whether core updates follow Trainer's own, on batches seen before."""
-        return len(self.phases) > 1
-
-
-@dataclass
-class ForwardPass:
-    """The forward pass under way: whose, and with what to learn from."""
-
-    phase: Phase
-    network: str
-    teaching: Teaching | None = None
-    keep_teaching: bool = False
-    label_loss: torch.Tensor | None = None
-    total_loss: torch.Tensor | None = None
-
-
-class UpdateStepMixin(JointHooks):
+class UpdateStepMixin(ForwardPassMixin):
     """The half of `MaskedTrainerMixin` that makes an update step."""
 
     # ---- one update step ----
@@ -120,11 +90,12 @@ class UpdateStepMixin(JointHooks):
         self, model: Any, inputs: Any, num_items: Any, phase: Phase, network: str, teaching: Teaching | None = None
     ) -> torch.Tensor:
         """Forward and backward of one microbatch through one network, at x + dx where the phase perturbs."""
-        keep = network == "full" and (self._now().rides or phase.network == "sum")
+        taught_now = phase.network == "sum" and self.plan.core.distill_weight > 0
+        keep = network == "full" and (self._now().rides or taught_now)
         self._pass = under_way = ForwardPass(phase, network, teaching, keep_teaching=keep)
         apart: AbstractContextManager[None] = self._host_metrics_apart() if network == "core" else nullcontext()
         try:
-            with apart, perturbed(self._trained(phase), phase.perturbation, self._now().info):
+            with apart, self._perturbed(phase):
                 loss = super().training_step(model, inputs, num_items)
         finally:
             self._pass = None
@@ -134,128 +105,12 @@ class UpdateStepMixin(JointHooks):
             self._meter.add(f"loss_{network}", label_loss, 1 / self.current_gradient_accumulation_steps)
         return loss
 
-    @contextmanager
-    def _host_metrics_apart(self) -> Iterator[None]:
-        """Keep what a host trainer (TRL's do) measures in compute_loss about the full network's passes only."""
-        names = [name for name in ("_metrics", "_total_train_tokens") if hasattr(self, name)]
-        held = {name: copy.deepcopy(getattr(self, name)) for name in names}
-        try:
-            yield
-        finally:
-            vars(self).update(held)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        under_way = self._pass
-        kwargs["num_items_in_batch"] = num_items_in_batch
-        if under_way is None or not self._joint:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        batch = dict(inputs)
-        loss, outputs = self._loss_and_outputs(model, inputs, **kwargs)
-        if not self._checked:
-            self._check_first_batch(batch, outputs)
-        if under_way.network == "full":
-            if under_way.keep_teaching:
-                self._keep(batch, outputs, loss, num_items_in_batch)
-        else:
-            under_way.label_loss = loss.detach()
-            if under_way.teaching is not None:
-                logits = self._logits(self._core_wrapped, batch, outputs)
-                devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-                items = None if num_items_in_batch is None else num_items_in_batch / devices
-                teaching, phase = under_way.teaching, under_way.phase
-                if self._now().info.update <= 1 and (self.state.epoch or 0) < 1:
-                    # on batches that neither network has seen: replayed ones are better known to the core
-                    self._yielding.see(loss, teaching.loss)
-                weight = self._yielding.weight(phase.distill_weight)
-                temperature = phase.distill_temperature
-                loss = distill(loss, logits, batch, teaching, temperature, weight, self._shifts_labels(), items)
-            loss = under_way.phase.loss_weight * loss
-            under_way.total_loss = loss.detach()
-        return (loss, outputs) if return_outputs else loss
-
-    def _check_first_batch(self, inputs: dict[str, Any], outputs: Any) -> None:
-        """Refuse, in the first forward pass, what core updates could not use when their time comes."""
-        if self.plan.core.distill_weight > 0:
-            self._logits(self.model, inputs, outputs)
-        last = StepInfo(self.state.max_steps - 1, self.state.max_steps, self.args.mask_seed)
-        if len(self.plan.phases(last)) > 1:
-            self._replay.check(inputs)
-        self._checked = True
-
-    def _shifts_labels(self) -> bool:
-        return type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-    def _keep(self, inputs: dict[str, Any], outputs: Any, loss: torch.Tensor, num_items: Any) -> None:
-        """Keep the microbatch, and what the full network said to it, for the core updates that follow."""
-        teaching = None
-        if self.plan.core.distill_weight > 0:
-            teaching = self._teaching(inputs, outputs, loss)
-        self._now().seen.microbatches.append(Microbatch(inputs, teaching))
-        self._now().seen.num_items = num_items
-
-    def _teaching(self, inputs: Any, outputs: Any, loss: torch.Tensor) -> Teaching:
-        temperature = self.plan.core.distill_temperature
-        with torch.no_grad():
-            logits = self._logits(self.model, inputs, outputs)
-        return Teaching.from_logits(logits, self.args.distill_top_k, temperature, loss)
-
-    def _loss_and_outputs(self, model: nn.Module, inputs: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        """The host trainer's loss, and what the network put out on the way.
-
-        Not by `return_outputs=True`, for which some trainers (TRL's) make another forward pass.
-        """
-        caught: list[Any] = []
-        hook = model.register_forward_hook(lambda module, args, outputs: caught.append(outputs))
-        try:
-            loss: Any = super().compute_loss(model, inputs, **kwargs)
-        finally:
-            hook.remove()
-        return loss, caught[-1] if caught else None
-
-    def _logits(self, model: nn.Module, inputs: Any, outputs: Any) -> torch.Tensor:
-        """The logits in `outputs`, or of another pass where the loss was computed without making them."""
-        if isinstance(outputs, dict) and outputs.get("logits") is None and "loss" in outputs:
-            unlabelled = {k: v for k, v in inputs.items() if k != "labels"}
-            network = unwrap(model)
-            with (
-                own_random_stream(self._now().info.random_seed("logits"), self.args.device),
-                self.accelerator.autocast(),
-            ):
-                # the class's own forward: what was put over it on the full model may still call the full model
-                outputs = type(network).forward(network, **unlabelled)
-        logits = outputs.get("logits") if isinstance(outputs, dict) else None
-        if logits is None:
-            raise ValueError(
-                f"got outputs of {type(self.model).__name__} without logits; needs them, because distillation compares "
-                "the logits of both networks; set --distill_weight 0"
-            )
-        return logits
-
-    def _teaching_for(self, phase: Phase, inputs: Any, num_items: Any) -> Teaching | None:
-        """What the full network says to this microbatch: kept a moment ago in a "sum" update, else asked for now."""
-        if self.plan.core.distill_weight == 0:
-            return None
-        if phase.network == "sum":
-            return self._now().seen.microbatches.pop().teaching
-        training = self.model.training
-        self.model.eval()
-        seed = self._now().info.random_seed("teacher")
-        apart = self._host_metrics_apart()
-        with torch.no_grad(), own_random_stream(seed, self.args.device), self.compute_loss_context_manager(), apart:
-            prepared = self._prepare_inputs(inputs)
-            loss, outputs = self._loss_and_outputs(self.model, dict(prepared), num_items_in_batch=num_items)
-            teaching = self._teaching(prepared, outputs, loss)
-        self.model.train(training)
-        return teaching
-
     # ---- the slots ----
+
+    def _perturbed(self, phase: Phase) -> AbstractContextManager[None]:
+        if phase.perturbation is None:
+            return nullcontext()
+        return perturbed(self._trained(phase), phase.perturbation, self._now().info)
 
     def _trained(self, phase: Phase) -> dict[str, nn.Parameter]:
         """The parameters that a phase trains, by name; in a "sum" update the core's own as core.<name>."""
