@@ -79,7 +79,8 @@ class MaskedArgumentsMixin:
         default=0.5,
         metadata={
             "help": "w in [0, 1] of the core's loss (1 - w) * label loss + w * divergence from the full network's "
-            "(detached) logits. It yields by itself as the core's label loss nears the full network's."
+            "(detached) logits. It yields by itself as the core's label loss nears the full network's on batches that "
+            "neither has seen (those of the first epoch)."
         },
     )
     distill_temperature: float = field(
