@@ -190,8 +190,3 @@ def _swap_in(staging: Path, target: Path) -> None:
     for relative in sorted(new, key=lambda path: (path.name == _ENTRY, path == Path(_ENTRY))):
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / relative, target / relative)
-
-
-def folder_bytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes of the weights that lie directly in a folder."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

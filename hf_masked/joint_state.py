@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .cores.base import Core
+from .cores.base import Core, named_tensors
 from .distillation import YieldingWeight
+from .loading import tensor_shapes
 from .meters import LossMeter
 from .replay import REPLAY_FILE, ReplayBuffer
 
@@ -139,15 +140,11 @@ def load_training(checkpoint: str | Path, training: CoreTraining, device: torch.
 
 def _weights(full: nn.Module, core: Core) -> dict[str, torch.Tensor]:
     """By name, each tensor once: all of the core's, and with coupling "shared" all of the full network's."""
-    named = {f"core.{name}": tensor for name, tensor in _tensors(core.model).items()}
+    named = {f"core.{name}": tensor for name, tensor in named_tensors(core.model).items()}
     if core.config.coupling == "shared":
         mine = {id(t) for t in named.values()}
-        named |= {f"full.{name}": t for name, t in _tensors(full).items() if id(t) not in mine}
+        named |= {f"full.{name}": t for name, t in named_tensors(full).items() if id(t) not in mine}
     return named
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _ranks(core: Core) -> dict[str, int]:
@@ -165,8 +162,7 @@ def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     Raises: ValueError for a missing or damaged file.
     """
     try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        return tensor_shapes(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"got the unreadable file {file} ({error}); needs the safetensors that was saved there; it is missing, damaged "

@@ -6,6 +6,7 @@ no quantized model, but that is the extension point for "the same class with oth
 casts, trains, saves and takes an adapter like any model.
 """
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -128,8 +129,7 @@ def _check_files(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
     """
     stored: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for file in checkpoint_files:
-        with safe_open(file, framework="pt") as tensors:
-            stored.update((_end(key), tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys())  # noqa: SIM118
+        stored.update((_end(name), shape) for name, shape in tensor_shapes(file).items())
     factors = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
     wanted = Counter((_end(f"{n}.weight"), tuple(getattr(m, n).weight.shape)) for m in factors for n in ("A", "B"))
     if missing := wanted - stored:
@@ -139,6 +139,12 @@ def _check_files(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
             f"{stored[end, shape] + count}, because its config gives so many layers that rank; the files are of another "
             "core, or incomplete: export it again"
         )
+
+
+def tensor_shapes(file: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in a safetensors file, from its header."""
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def _end(key: str) -> str:

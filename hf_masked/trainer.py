@@ -51,15 +51,19 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         if getattr(args, "core", None) and args.output_dir is not None and args.should_save:
             check_writable(args.output_dir)
         super().__init__(model, args, *positional, **kwargs)
-        self._step = None
         self._pass = None
         self._masked_steps = []
         self._splits = set()
+        self._begin_run(buffer=0)
+        self._give_core(plan)
+
+    def _begin_run(self, buffer: int) -> None:
+        """Forget what an earlier run has seen; keep `buffer` batches of the coming one."""
+        self._step = None
         self._meter = LossMeter()
-        self._replay = ReplayBuffer(0)
+        self._replay = ReplayBuffer(buffer)
         self._yielding = YieldingWeight()
         self._checked = False
-        self._give_core(plan)
 
     # ---- construction ----
 
@@ -155,11 +159,7 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._full, self._core = Stepper(self.optimizer, self.lr_scheduler), Stepper(optimizer, scheduler)
         self._mask_steps_of(self.optimizer, optimizer)
         self._full.take_rates()
-        self._replay = ReplayBuffer(self.args.distill_buffer)
-        self._meter = LossMeter()
-        self._yielding = YieldingWeight()
-        self._checked = False
-        self._step = None
+        self._begin_run(buffer=self.args.distill_buffer)
         self._splits = split_steps(core.config, self.plan.schedule, max_steps)
 
     def _mask_steps_of(self, *optimizers: Any) -> None:

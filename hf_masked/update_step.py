@@ -16,7 +16,7 @@ from .apply import evaluate_mask, mask_gradients, perturbed
 from .cores import split
 from .distillation import Teaching
 from .forward_pass import ForwardPass, ForwardPassMixin, UpdateStep
-from .optimization import forget_moments
+from .optimization import Stepper, forget_moments
 from .randomness import own_random_stream
 from .replay import Batch
 from .types import Phase, StepInfo
@@ -38,10 +38,14 @@ class UpdateStepMixin(ForwardPassMixin):
             self._abandon_step()
             raise
 
+    def _use(self, stepper: Stepper) -> None:
+        """Let Trainer's loop step this network's optimizer and learning-rate schedule."""
+        self.optimizer, self.lr_scheduler = stepper.optimizer, stepper.scheduler
+
     def _abandon_step(self) -> None:
         """Put the full network's optimizer back, where a core step did not come to its end."""
         if self._joint and self._step is not None and self._step.phases[0].network == "core":
-            self.optimizer, self.lr_scheduler = self._full.optimizer, self._full.scheduler
+            self._use(self._full)
         self._step = None
 
     def _first_update(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
@@ -80,7 +84,7 @@ class UpdateStepMixin(ForwardPassMixin):
             for stepper in (self._core, self._full):
                 forget_moments(stepper.optimizer, renewed)
         if step.phases[0].network == "core":
-            self.optimizer, self.lr_scheduler = self._core.optimizer, self._core.scheduler
+            self._use(self._core)
             self._core.take_rates()
         elif self._one_state():
             self._full.take_rates()
@@ -161,7 +165,7 @@ class UpdateStepMixin(ForwardPassMixin):
             return
         first = step.phases[0].network
         if first == "core":
-            self.optimizer, self.lr_scheduler = self._full.optimizer, self._full.scheduler
+            self._use(self._full)
             self._meter.saw_core_step()
         if first != "full":
             self.core_model.zero_grad()
@@ -201,7 +205,7 @@ class UpdateStepMixin(ForwardPassMixin):
         self._mask_update(phase)
         self._yielding.end_update(self._mean_over_processes)
         if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.core_model.parameters(), self.args.max_grad_norm)
+            self._clip_grad_norm(self.core_model)
         core.optimizer.step()
         if self.args.lr_curve == "per_phase" and not core.optimizer.step_was_skipped:
             core.scheduler.step()

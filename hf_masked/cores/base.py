@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,15 +17,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 _ATTRIBUTE = "hf_masked_core"
 _TABLES = ("_modules", "_parameters", "_buffers")
-
-
-class CoreConfig(Protocol):
-    """What the trainer needs to know of any core's configuration."""
-
-    split_at: int | float | list[int | float] | None
-    split_every: int | None
-
-    def to_dict(self) -> dict[str, Any]: ...  # pragma: no cover
 
 
 @dataclass(frozen=True)
@@ -58,11 +49,11 @@ class Core:
 
     def sync(self, full: nn.Module) -> None:
         """Bring the core to the full network's device and dtypes, tensor by tensor, and tie again what `.to()` tore."""
-        theirs = _tensors(full)
+        theirs = named_tensors(full)
         for path in self.sites:
             of_site: torch.Tensor = next(full.get_submodule(path).parameters())
-            theirs |= {f"{path}.{name}": of_site for name in _tensors(self.model.get_submodule(path))}
-        for name, mine in _tensors(self.model).items():
+            theirs |= {f"{path}.{name}": of_site for name in named_tensors(self.model.get_submodule(path))}
+        for name, mine in named_tensors(self.model).items():
             like = theirs.get(name, mine)
             if mine.device != like.device or mine.dtype != like.dtype:
                 mine.data = mine.data.to(like.device, like.dtype)
@@ -75,7 +66,8 @@ class Core:
         return {n: p for n, p in self.model.named_parameters() if id(p) not in shared and p.requires_grad}
 
 
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, each once."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
