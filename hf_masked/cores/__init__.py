@@ -1,18 +1,38 @@
 """Cores: the small networks inside a model. One file per kind; `base.py` is the contract."""
 
+from peft import PeftConfig
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
-from .base import Core, Site, core_mode, get_core, has_core
+from .base import Core, CoreConfig, attach_core, core_mode, get_core, has_core
 from .config import LowRankCoreConfig
+from .depth import DepthCore, DepthCoreConfig
 from .linear import FactorizedLinear, MergedLinear
-from .low_rank import add_low_rank_core, split
+from .lora import LoraCore
+from .lora_config import LoraCoreConfig
+from .low_rank import LowRankCore, Site
+from .sparse import ParametrizedCore, SparseCore, SparseCoreConfig
+from .width import WidthCore, WidthCoreConfig
 
 __all__ = [
+    "CORE_KINDS",
     "Core",
+    "CoreConfig",
+    "DepthCore",
+    "DepthCoreConfig",
     "FactorizedLinear",
+    "LoraCore",
+    "LoraCoreConfig",
+    "LowRankCore",
     "LowRankCoreConfig",
     "MergedLinear",
+    "ParametrizedCore",
     "Site",
+    "SparseCore",
+    "SparseCoreConfig",
+    "WidthCore",
+    "WidthCoreConfig",
     "add_core",
     "core_mode",
     "get_core",
@@ -20,23 +40,29 @@ __all__ = [
     "split",
 ]
 
+# what --core chooses from
+CORE_KINDS: dict[str, type[CoreConfig]] = {
+    config.kind: config
+    for config in (LowRankCoreConfig, LoraCoreConfig, DepthCoreConfig, WidthCoreConfig, SparseCoreConfig)
+}
 
-def add_core(model: PreTrainedModel, config: LowRankCoreConfig) -> PreTrainedModel:
+
+def add_core(model: PreTrainedModel, config: CoreConfig | PeftConfig) -> PreTrainedModel:
     """Give a model a core, in place: a smaller network of the same class that is trained with it.
 
     Right after, the full network computes what it did before: bit for bit with coupling "free", to rounding with
-    "shared" (W = B A + R).
+    "shared".
 
     Args:
-        model: any Transformers model; nn.Linear and GPT-2's Conv1D (fused QKV as one map) are converted.
-        config: what the core is.
+        model: any Transformers model with dense weights.
+        config: what the core is; of a kind in `CORE_KINDS`, your own `CoreConfig`, or a `peft.LoraConfig`.
 
     Returns: the same model, for chaining. `get_core(model).model` is the core network.
 
-    Raises: ValueError for a model that has a core, is quantized or PEFT-wrapped, for a target that matches nothing, and
-        for a rank out of range. TypeError for another kind of config. The model is untouched then.
+    Raises: ValueError for a model that has a core, is quantized or PEFT-wrapped, or that cannot have such a core.
+        TypeError for another kind of config. The model is untouched then.
 
-    Cost: memory of A and B, and of what is private to the core; one SVD per target with init="svd".
+    Cost: memory of the core's own parameters; what `config` says it takes to start them.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -48,7 +74,38 @@ def add_core(model: PreTrainedModel, config: LowRankCoreConfig) -> PreTrainedMod
       (B): Linear(in_features=4, out_features=16, bias=False)
     )
     """
-    if not isinstance(config, LowRankCoreConfig):
-        raise TypeError(f"got a config of type {type(config).__name__}; needs a LowRankCoreConfig")
-    add_low_rank_core(model, config)
+    if isinstance(config, PeftConfig):
+        config = LoraCoreConfig.from_peft(config)
+    if not isinstance(config, CoreConfig):
+        raise TypeError(f"got a config of type {type(config).__name__}; needs a CoreConfig, such as LowRankCoreConfig")
+    _refuse_unfit(model)
+    attach_core(model, config.build(model))
     return model
+
+
+def split(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Make the core the best part of the full network as it is now; the full network keeps its function.
+
+    Returns: the core's parameters that are new, so whose optimizer state is void.
+
+    Cost: what the kind of core says; for low rank, one SVD per target.
+    """
+    return get_core(model).split(model)
+
+
+def _refuse_unfit(model: PreTrainedModel) -> None:
+    reasons = {
+        "it already has a core": has_core(model),
+        "it is quantized": bool(getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None)),
+        "it is the core of another model": any(
+            isinstance(m, FactorizedLinear | MergedLinear) or is_parametrized(m) for m in model.modules()
+        ),
+        "it is wrapped by PEFT": hasattr(model, "peft_config")
+        or bool(getattr(model, "_hf_peft_config_loaded", False)),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(
+                f"got a {type(model).__name__} of which add_core cannot make one, because {reason}; needs a plain "
+                "Transformers model with dense weights; load it anew, and merge an adapter or dequantize first"
+            )

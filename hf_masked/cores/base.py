@@ -1,58 +1,190 @@
-"""What a core is: a second network of the same class that shares what it may with the full one.
+"""The contract of a core: a second, smaller network of the same class that shares what it may with the full one.
+
+A kind of core is two classes. A `CoreConfig` says what the core is, and its `build(model)` makes it; a `Core` holds
+the small network and answers for it: `split`, `extract`, `fingerprint`, and where the defaults do not fit, the others.
 
 The core hangs on the full model as a plain attribute, not as a submodule, so `state_dict()`, `num_parameters()`, a
 distributed wrapper, or a stock `Trainer` of the full model see the full model and nothing else.
 """
 
 import copy
+import json
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..typed import check_types
+from ..types import Mask
+from .modules import named_tensors, unwrap, without_autocast
+
+Coupling = Literal["free", "shared"]
+ConfigType = TypeVar("ConfigType", bound="CoreConfig")
 _ATTRIBUTE = "hf_masked_core"
-_TABLES = ("_modules", "_parameters", "_buffers")
+# what core_mode exchanges: a core of other sizes has a configuration of its own, an adapter what PEFT notes
+_EXCHANGED = ("_modules", "_parameters", "_buffers", "config", "peft_config", "_hf_peft_config_loaded")
 
 
-@dataclass(frozen=True)
-class Site:
-    """One linear map of the full network that the core replaces: y = W x + b with W of (out_features, in_features)."""
+@dataclass(kw_only=True)
+class CoreConfig:
+    """What every kind of core can be told; subclasses are dataclasses that add their own fields.
 
-    in_features: int
-    out_features: int
-    rank: int
-    transposed: bool  # GPT-2's Conv1D keeps W as (in_features, out_features)
+    Args:
+        coupling: "free" (the full model is untouched; the core has parameters of its own and rides along) or "shared"
+            (the core's parameters are, or are part of, the full network's own, so both kinds of step move them).
+        split_at: update step(s) before which the core becomes the best part of the full network again, as int or
+            fraction of the run; the full network is unchanged and the core's moments are reset. Default: where the
+            schedule starts the core.
+        split_every: the same every so many update steps.
+
+    Raises: ValueError for a value out of range.
+    """
+
+    kind: ClassVar[str]
+
+    coupling: Coupling = "free"
+    split_at: int | float | list[int | float] | None = None
+    split_every: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, type(self), lambda name: "set it in --core_config")
+        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            given = getattr(self, name, None)
+            for pattern in [given] if isinstance(given, str) else given if isinstance(given, dict) else []:
+                _check_pattern(name, pattern)
+        require(self.coupling in ("free", "shared"), "coupling", self.coupling, "'free' or 'shared'",
+                "the core has parameters of its own, or the full network's")  # fmt: skip
+        every = self.split_every
+        require(every is None or (isinstance(every, int) and every >= 1), "split_every", every, "an integer >= 1",
+                "it counts update steps")  # fmt: skip
+        for at in self.split_at if isinstance(self.split_at, list) else [self.split_at]:
+            legal = at is None or (not isinstance(at, bool) and at >= 0 and (isinstance(at, int) or at <= 1))
+            require(legal, "split_at", at, "update steps >= 0, or fractions in [0.0, 1.0]",
+                    "a float is read as a fraction of the run")  # fmt: skip
+
+    def build(self, model: PreTrainedModel) -> "Core":
+        """The core of `model`, which computes what it did before: bit for bit if free, to rounding if shared.
+
+        Raises: ValueError for a model that cannot have such a core; it is untouched then.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[ConfigType], values: dict[str, Any]) -> ConfigType:
+        """From a dict; an unknown key is refused by name."""
+        known = {f.name for f in fields(cls)}
+        if unknown := set(values) - known:
+            raise ValueError(
+                f"got the keys {sorted(unknown)}; needs some of {sorted(known)}, because a misspelt one would be "
+                "ignored; set --core_config"
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls: type[ConfigType], text: str) -> ConfigType:
+        """From a JSON object, as `--core_config` takes it."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"got --core_config {text!r}; needs a JSON object, because {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"got --core_config {text!r}; needs a JSON object such as '{{\"split_every\": 100}}'")
+        return cls.from_dict(values)
 
 
-@dataclass
 class Core:
-    """The core of a model.
+    """The core of a model: what a kind of core has to answer. `split`, `extract` and `fingerprint` have no default.
 
     Args:
         model: the core network; a model of the same class: call it, generate with it.
         config: how it was made.
-        sites: module path -> the linear map that is replaced there.
         frozen: (full parameter, core parameter) pairs where the core reads the full network's values and core steps
             leave them alone; both tensors use one storage.
     """
 
-    model: PreTrainedModel
-    config: Any
-    sites: dict[str, Site]
-    frozen: list[tuple[nn.Parameter, nn.Parameter]] = field(default_factory=list)
-    active_thread: int | None = None
+    folder: ClassVar[str] = "core"  # where an export puts it, beside the full model
+    formats: ClassVar[tuple[str, ...]] = ("dense",)  # what `extract` can make; the first is the default
+
+    def __init__(
+        self, model: PreTrainedModel, config: CoreConfig, frozen: Iterable[tuple[nn.Parameter, nn.Parameter]] = ()
+    ):
+        self.model, self.config, self.frozen = model, config, list(frozen)
+        self.active_thread: int | None = None
+
+    # ---- what each kind says ----
+
+    def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
+        """Make the core the best part of the full network as it is now; the full network keeps its function.
+
+        Returns: the trainable parameters that were set anew, so whose optimizer state is void.
+        """
+        raise NotImplementedError
+
+    def extract(self, core_format: str) -> PreTrainedModel:
+        """The core as a model of its own, independent of the full one, in one of `formats`."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must agree on for its tensors to fit, as JSON values: ranks, kept layers, ..."""
+        raise NotImplementedError
+
+    # ---- what has a default ----
+
+    @property
+    def full_is_plain(self) -> bool:
+        """Whether the full network's modules are those of its class, so that it can be saved as it is."""
+        return True
+
+    def merge(self, full: PreTrainedModel) -> PreTrainedModel:
+        """The full network as a plain model of the unchanged class, independent of the core."""
+        return without_autocast(copy.deepcopy(full, {id(self): None}))
+
+    def write(self, folder: str | Path, core_format: str, max_shard_size: int | str = "50GB") -> None:
+        """Save the core so that it loads from `folder`."""
+        self.extract(core_format).save_pretrained(folder, max_shard_size=max_shard_size)
+
+    def loading_lines(self, class_name: str, where: str) -> list[str]:
+        """The lines of Python with which a model card shows how to load the core."""
+        return [f'core = {class_name}.from_pretrained("{where}", subfolder="{self.folder}")  # stock Transformers']
+
+    def counterparts(self, full: nn.Module) -> dict[str, torch.Tensor]:
+        """Name in the core -> the full network's tensor that it follows to another device or dtype."""
+        return named_tensors(full)
+
+    def tensors(self, full: nn.Module) -> dict[str, torch.Tensor]:
+        """By name, each once, what a checkpoint holds beside the exported full model so that training can go on."""
+        mine, theirs = named_tensors(self.model), named_tensors(full)
+        if self.full_is_plain:
+            exported = {id(t) for t in theirs.values()}
+            return {f"core.{name}": tensor for name, tensor in mine.items() if id(tensor) not in exported}
+        core = {id(t) for t in mine.values()}
+        return {f"core.{name}": tensor for name, tensor in mine.items()} | {
+            f"full.{name}": tensor for name, tensor in theirs.items() if id(tensor) not in core
+        }
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        """The tensors that the extracted core has as parameters, for counting."""
+        return self.model.parameters()
+
+    def update_mask(self) -> Mask | None:
+        """Which entries of the core network's parameters a core update may move; None for all of them."""
+        return None
+
+    # ---- what all kinds have in common ----
 
     def sync(self, full: nn.Module) -> None:
         """Bring the core to the full network's device and dtypes, tensor by tensor, and tie again what `.to()` tore."""
-        theirs = named_tensors(full)
-        for path in self.sites:
-            of_site: torch.Tensor = next(full.get_submodule(path).parameters())
-            theirs |= {f"{path}.{name}": of_site for name in named_tensors(self.model.get_submodule(path))}
+        theirs = self.counterparts(full)
         for name, mine in named_tensors(self.model).items():
             like = theirs.get(name, mine)
             if mine.device != like.device or mine.dtype != like.dtype:
@@ -66,16 +198,17 @@ class Core:
         return {n: p for n, p in self.model.named_parameters() if id(p) not in shared and p.requires_grad}
 
 
-def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, each once."""
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        require(False, name, pattern, "a name or a regular expression", str(error))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, torch.compile and the like."""
-    while (inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None)) is not None:
-        model = inner
-    return model
+def require(condition: bool, name: str, value: object, rule: str, reason: str) -> None:
+    """Refuse a value of a core's configuration by name, with the rule and the reason."""
+    if not condition:
+        raise ValueError(f"got {name}={value!r}; needs {rule}, because {reason}; set it in --core_config")
 
 
 def has_core(model: nn.Module) -> bool:
@@ -83,8 +216,8 @@ def has_core(model: nn.Module) -> bool:
     return getattr(unwrap(model), _ATTRIBUTE, None) is not None
 
 
-def get_core(model: nn.Module) -> Core:
-    """The core of a model.
+def get_core(model: nn.Module) -> Any:
+    """The core of a model: a `Core`, of the class that its config made.
 
     Raises: ValueError where the model has none.
     """
@@ -100,21 +233,6 @@ def get_core(model: nn.Module) -> Core:
 def attach_core(model: PreTrainedModel, core: Core) -> None:
     """Make `core` the core of `model`."""
     setattr(model, _ATTRIBUTE, core)
-
-
-def clone_structure(model: PreTrainedModel, shared: Iterable[nn.Parameter]) -> PreTrainedModel:
-    """A copy of the model whose `shared` parameters are the same objects, and everything else its own.
-
-    Configurations stay one object for both, so that a change of `attn_implementation` or `use_cache` reaches both.
-
-    Cost: memory of the parameters and buffers that are not shared.
-    """
-    memo: dict[int, Any] = {id(p): p for p in shared}
-    for module in model.modules():
-        memo.update({id(v): v for v in vars(module).values() if isinstance(v, PreTrainedConfig)})
-    if (generation_config := getattr(model, "generation_config", None)) is not None:
-        memo[id(generation_config)] = generation_config
-    return copy.deepcopy(model, memo)
 
 
 @contextmanager
@@ -141,44 +259,13 @@ def core_mode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         )
     core.sync(full)
     core.model.train(full.training)
-    saved = {table: full.__dict__[table] for table in _TABLES}
+    theirs, mine = ({k: n.__dict__[k] for k in _EXCHANGED if k in n.__dict__} for n in (full, core.model))
     core.active_thread = threading.get_ident()
-    full.__dict__.update({table: core.model.__dict__[table] for table in _TABLES})
+    full.__dict__.update(mine)
     try:
         yield model
     finally:
-        full.__dict__.update(saved)
+        full.__dict__.update(theirs)
+        for only_mine in mine.keys() - theirs.keys():
+            del full.__dict__[only_mine]
         core.active_thread = None
-
-
-def linear_at(model: nn.Module, path: str) -> Any:
-    """The linear module at a path, dense, factorised or merged: typed by what it is asked for."""
-    return model.get_submodule(path)
-
-
-def parent_and_name(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds `path`, and the last part of its name."""
-    parent, _, name = path.rpartition(".")
-    return model.get_submodule(parent), name
-
-
-def parameter_sites(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:
-    """Every place of a parameter, tied ones once per place: (module, module path, name in the module, parameter)."""
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield module, path, name, parameter
-
-
-def tied_parameters(model: nn.Module) -> set[int]:
-    """ids of the parameters that stand in more than one place."""
-    seen: set[int] = set()
-    tied: set[int] = set()
-    for *_, parameter in parameter_sites(model):
-        (tied if id(parameter) in seen else seen).add(id(parameter))
-    return tied
-
-
-def numel(parameters: Iterable[torch.Tensor]) -> int:
-    """Number of entries, each tensor counted once."""
-    return sum({id(p): p.numel() for p in parameters}.values())

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .base import Core
+from .modules import parent_and_name
 
 
 class FactorizedLinear(nn.Module):
@@ -44,6 +49,10 @@ class FactorizedLinear(nn.Module):
     def bias(self) -> nn.Parameter | None:
         return self.B.bias
 
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.rank * (self.in_features + self.out_features)
+
     def dense_weight(self) -> torch.Tensor:
         """B A, (out_features, in_features)."""
         return self.B.weight @ self.A.weight
@@ -56,61 +65,80 @@ class FactorizedLinear(nn.Module):
 
 
 class _MergedProduct(torch.autograd.Function):
-    """x W^T with W = B A + R, which is made again in the backward pass instead of being kept for every layer."""
+    """x W^T with W = s B A + R, which is made again in the backward pass instead of being kept for every layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor, A: Tensor, B: Tensor, transposed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, R: Tensor, A: Tensor, B: Tensor, transposed: bool, scale: float) -> Tensor:
         ctx.save_for_backward(x, R, A, B)
-        ctx.transposed = transposed
-        return F.linear(x, _merge(R, A, B, transposed))
+        ctx.transposed, ctx.scale = transposed, scale
+        return F.linear(x, _merge(R, A, B, transposed, scale))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, R, A, B = ctx.saved_tensors
-        needs_x, needs_R, needs_A, needs_B, _ = ctx.needs_input_grad
-        dx = grad @ _merge(R, A, B, ctx.transposed) if needs_x else None
+        needs_x, needs_R, needs_A, needs_B, *_ = ctx.needs_input_grad
+        dx = grad @ _merge(R, A, B, ctx.transposed, ctx.scale) if needs_x else None
         dW = grad.flatten(0, -2).T @ x.flatten(0, -2)
         dR = (dW.T if ctx.transposed else dW) if needs_R else None
-        return dx, dR, B.T @ dW if needs_A else None, dW @ A.T if needs_B else None, None
+        dA = ctx.scale * (B.T @ dW) if needs_A else None
+        dB = ctx.scale * (dW @ A.T) if needs_B else None
+        return dx, dR, dA, dB, None, None
 
 
-def _merge(R: Tensor, A: Tensor, B: Tensor, transposed: bool) -> Tensor:
-    """B A + R, (out_features, in_features)."""
-    return torch.addmm(R.T if transposed else R, B, A)
+def _merge(R: Tensor, A: Tensor, B: Tensor, transposed: bool, scale: float) -> Tensor:
+    """s B A + R, (out_features, in_features)."""
+    return torch.addmm(R.T if transposed else R, B, A, alpha=scale)
 
 
 class MergedLinear(nn.Module):
-    """x -> (B A + R) x + bias: the full network's side of a layer whose A and B it shares with the core.
+    """x -> (s B A + R) x + bias: the full network's side of a layer whose A and B it shares with the core.
 
     Args:
         R: the remainder, in the layout of the layer that it replaces.
-        factors: the core's layer; its A and B become parameters of this module too, the same objects.
+        A, B: the core's parameters, (r, in_features) and (out_features, r); the same objects become this module's.
         bias: the full network's bias or None.
         transposed: R is (in_features, out_features), as GPT-2's Conv1D has it.
+        scale: s.
 
-    Gradients: dR = dW, dB = dW A^T, dA = B^T dW. With T tokens the product B A costs n m r multiply-adds and the two
-    thin products T (n + m) r; `forward` takes the cheaper one.
+    Gradients: dR = dW, dB = s dW A^T, dA = s B^T dW. With T tokens the product B A costs n m r multiply-adds and the two
+    thin products T r (n + m); `forward` takes the cheaper one.
     """
 
-    def __init__(self, R: nn.Parameter, factors: FactorizedLinear, bias: nn.Parameter | None, transposed: bool):
+    def __init__(
+        self,
+        R: nn.Parameter,
+        A: Tensor,
+        B: Tensor,
+        bias: nn.Parameter | None,
+        transposed: bool,
+        scale: float = 1.0,
+    ):
         super().__init__()
-        self.in_features, self.out_features = factors.in_features, factors.out_features
-        self.transposed = transposed
+        self.in_features, self.out_features = A.shape[1], B.shape[0]
+        self.transposed, self.scale = transposed, scale
         self.R = R
-        self.A = factors.A.weight
-        self.B = factors.B.weight
+        self.A = A
+        self.B = B
         self.bias = bias
 
     @property
     def weight(self) -> torch.Tensor:
-        """B A + R in the layout of the layer that this one replaces."""
-        merged = _merge(self.R, self.A, self.B, self.transposed)
+        """s B A + R in the layout of the layer that this one replaces."""
+        merged = self.dense_weight()
         return merged.T if self.transposed else merged
 
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.in_features * self.out_features
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in R's dtype."""
+        return self.A.to(self.R.dtype), self.B.to(self.R.dtype)
+
     def dense_weight(self) -> torch.Tensor:
-        """B A + R, (out_features, in_features)."""
-        return _merge(self.R, self.A, self.B, self.transposed)
+        """s B A + R, (out_features, in_features)."""
+        return _merge(self.R, *self.factors(), self.transposed, self.scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -119,15 +147,49 @@ class MergedLinear(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 weight = self.dense_weight().to(dtype)
             return F.linear(x, weight, self.bias)
+        A, B = self.factors()
         tokens = x.numel() // x.shape[-1]
         if self.in_features * self.out_features <= tokens * (self.in_features + self.out_features):
-            product = _MergedProduct.apply(x, self.R, self.A, self.B, self.transposed)
+            product = _MergedProduct.apply(x, self.R, A, B, self.transposed, self.scale)
             return product if self.bias is None else product + self.bias
         remainder = self.R.T if self.transposed else self.R
-        return F.linear(x, remainder, self.bias) + F.linear(F.linear(x, self.A), self.B)
+        return F.linear(x, remainder, self.bias) + self.scale * F.linear(F.linear(x, A), B)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.A.shape[0]}"
+
+
+def put_dense(model: nn.Module, path: str, weight: torch.Tensor, bias: nn.Parameter | None, transposed: bool) -> None:
+    """Put a plain linear layer of weight (out_features, in_features) at a path; a Conv1D where `transposed`."""
+    parent, name = parent_and_name(model, path)
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        dense = (
+            Conv1D(out_features, in_features) if transposed else nn.Linear(in_features, out_features, bias is not None)
+        )
+    dense.weight = nn.Parameter((weight.T if transposed else weight).detach().contiguous())
+    dense.bias = bias
+    dense.train(parent.training)
+    setattr(parent, name, dense)
+
+
+class MergingCore(Core):
+    """A core whose A and B, with coupling "shared", stand in the full network's `MergedLinear` too."""
+
+    @property
+    def full_is_plain(self) -> bool:
+        return self.config.coupling == "free"
+
+    def merge(self, full: PreTrainedModel) -> PreTrainedModel:
+        return undo_merged(super().merge(full))
+
+
+def undo_merged(model: PreTrainedModel) -> PreTrainedModel:
+    """Multiply every `MergedLinear` of the model out, in place, so that it is plain again."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, MergedLinear):
+            put_dense(model, path, module.dense_weight(), module.bias, module.transposed)
+    return model
 
 
 def best_rank_r(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

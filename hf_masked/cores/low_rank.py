@@ -1,106 +1,142 @@
 """The low-rank core: every target linear map W of the full network becomes B A of rank r."""
 
+import copy
+from collections.abc import Collection
+from typing import Any, Literal
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..types import StepInfo
-from .base import (
-    Core,
-    Site,
-    attach_core,
+from .config import LowRankCoreConfig
+from .linear import FactorizedLinear, MergedLinear, MergingCore, best_rank_r, put_dense, random_factors
+from .modules import (
     clone_structure,
-    get_core,
-    has_core,
+    copy_common_values,
+    forget_ties,
+    freeze_shared,
     linear_at,
+    named_tensors,
     parameter_sites,
     parent_and_name,
+    say_untied,
     tied_parameters,
+    without_autocast,
 )
-from .config import LowRankCoreConfig
-from .linear import FactorizedLinear, MergedLinear, best_rank_r, random_factors
-from .targets import find_sites
+from .targets import Site, find_sites
+
+CoreFormat = Literal["factorized", "dense"]
 
 
-def add_low_rank_core(model: PreTrainedModel, config: LowRankCoreConfig) -> None:
-    """Give `model` a low-rank core, in place; see `add_core`."""
-    _refuse_unfit(model)
+class LowRankCore(MergingCore):
+    """A core whose targets are B A of rank r.
+
+    Args:
+        sites: module path -> the linear map that is replaced there.
+        untied: the targets whose weight is tied in the full network; the core has factors of its own there.
+    """
+
+    formats = ("factorized", "dense")
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: LowRankCoreConfig,
+        sites: dict[str, Site],
+        frozen: Collection[tuple[nn.Parameter, nn.Parameter]] = (),
+        untied: Collection[str] = (),
+    ):
+        super().__init__(model, config, frozen)
+        self.sites, self.untied = sites, untied
+
+    def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
+        """Every target gets A, B from the truncated SVD of the full weight; private copies become the full network's
+        values. With coupling "shared", R takes up the difference, so the full network changes by rounding only.
+
+        Cost: one SVD per target.
+        """
+        renewed = list(self.own_parameters(full).values())
+        with torch.no_grad():
+            for path, site in self.sites.items():
+                target, factors = linear_at(full, path), linear_at(self.model, path)
+                weight = target.weight.detach().T if site.transposed else target.weight.detach()
+                A, B = best_rank_r(weight, site.rank)
+                if self.config.coupling == "shared":
+                    remainder = weight - B @ A
+                    target.R.copy_(remainder.T if site.transposed else remainder)
+                factors.A.weight.copy_(A)
+                factors.B.weight.copy_(B)
+                renewed += [factors.A.weight, factors.B.weight]
+                if factors.bias is not None:
+                    factors.bias.copy_(target.bias)
+        copy_common_values(full, self.model)
+        return renewed
+
+    def extract(self, core_format: str) -> PreTrainedModel:
+        """ "factorized" keeps x -> B (A x); "dense" multiplies W = B A out, so that the result is a plain model of the
+        unchanged class, of the full model's size."""
+        from ..loading import LowRankFormat  # loading.py needs this package, to put FactorizedLinear into a skeleton
+
+        extracted = without_autocast(copy.deepcopy(self.model))
+        extracted.requires_grad_(True)
+        if self.untied and not tied_parameters(extracted):
+            say_untied(extracted)
+        if core_format == "factorized":
+            extracted.config.quantization_config = LowRankFormat(self.ranks)
+            return extracted
+        for path, site in self.sites.items():
+            factors = linear_at(extracted, path)
+            put_dense(extracted, path, factors.dense_weight(), factors.bias, site.transposed)
+        return extracted
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module path -> rank."""
+        return {path: site.rank for path, site in self.sites.items()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        values = self.config.to_dict()
+        return {"ranks": self.ranks, "coupling": values["coupling"], "private": values["private"]}
+
+    def loading_lines(self, class_name: str, where: str) -> list[str]:
+        comment = "import hf_masked  # the core's linear layers are factorised; this teaches Transformers to load them"
+        return [comment, "", f'core = {class_name}.from_pretrained("{where}", subfolder="{self.folder}")']
+
+    def counterparts(self, full: nn.Module) -> dict[str, torch.Tensor]:
+        theirs = super().counterparts(full)
+        for path in self.sites:
+            of_site: torch.Tensor = next(full.get_submodule(path).parameters())
+            theirs |= {f"{path}.{name}": of_site for name in named_tensors(self.model.get_submodule(path))}
+        return theirs
+
+
+def build_low_rank_core(model: PreTrainedModel, config: LowRankCoreConfig) -> LowRankCore:
+    """The low-rank core of `model`; with coupling "shared" the model's targets become B A + R."""
     sites = find_sites(model, config)
     tied = tied_parameters(model)
     weights = {path: linear_at(model, path).weight for path in sites}
-    for path, weight in weights.items():
-        if id(weight) in tied:
-            raise ValueError(
-                f"got the target {path}, whose weight is tied to another module's; needs an untied one, because the core "
-                "would hold it dense and factorised at once; set tie_word_embeddings=False in the model's config, or "
-                f"exclude_modules=[{path.rpartition('.')[2]!r}]"
-            )
-    replaced = {id(w) for w in weights.values()}
+    untied = [path for path, weight in weights.items() if id(weight) in tied]
+    if untied and config.coupling == "shared":
+        raise ValueError(
+            f"got the target {untied[0]}, whose weight is tied to another module's, with coupling 'shared'; needs an untied "
+            "one, because W = B A + R would have to hold for the other module too, which looks rows of W up; set coupling "
+            f"'free', where the core's target gets factors of its own, or exclude_modules=[{untied[0].rpartition('.')[2]!r}]"
+        )
+    replaced = {id(weight) for weight in weights.values()} - tied
     private = _private_ids(model, config.private_parameters) - replaced
     shared = [p for p in model.parameters() if id(p) not in private]
     clone = clone_structure(model, shared)
     factors = {path: _factorize(clone, path, site, config) for path, site in sites.items()}
-    core = Core(model=clone, config=config, sites=sites)
     if config.coupling == "shared":
         for path, site in sites.items():
             _share(model, path, site, factors[path])
-    else:
-        core.frozen = _freeze_shared(clone, {id(p) for p in shared})
-    attach_core(model, core)
-
-
-def split(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Make the core the best rank-r part of the full network as it is now; the full network is unchanged.
-
-    Every target gets A, B from the truncated SVD of the full weight; private copies become the full network's values.
-    With coupling "shared", R takes up the difference, so the full network changes by rounding only.
-
-    Returns: the core's parameters that are new, so whose optimizer state is void.
-
-    Cost: one SVD per target.
-    """
-    core = get_core(model)
-    renewed = list(core.own_parameters(model).values())
-    full_values = {(path, name): p for _, path, name, p in parameter_sites(model)}
-    with torch.no_grad():
-        for path, site in core.sites.items():
-            target, factors = linear_at(model, path), linear_at(core.model, path)
-            weight = target.weight.detach().T if site.transposed else target.weight.detach()
-            A, B = best_rank_r(weight, site.rank)
-            if core.config.coupling == "shared":
-                remainder = weight - B @ A
-                target.R.copy_(remainder.T if site.transposed else remainder)
-            factors.A.weight.copy_(A)
-            factors.B.weight.copy_(B)
-            renewed += [factors.A.weight, factors.B.weight]
-            if factors.bias is not None:
-                factors.bias.copy_(target.bias)
-        for _, path, name, parameter in parameter_sites(core.model):
-            if (path, name) in full_values:
-                parameter.copy_(full_values[path, name])
-        core_buffers = dict(core.model.named_buffers())
-        for name, buffer in model.named_buffers():
-            if name in core_buffers:
-                core_buffers[name].copy_(buffer)
-    return renewed
-
-
-def _refuse_unfit(model: PreTrainedModel) -> None:
-    reasons = {
-        "it already has a core": has_core(model),
-        "it is quantized": bool(getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None)),
-        "it is the core of another model": any(
-            isinstance(m, FactorizedLinear | MergedLinear) for m in model.modules()
-        ),
-        "it is wrapped by PEFT": hasattr(model, "peft_config")
-        or bool(getattr(model, "_hf_peft_config_loaded", False)),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ValueError(
-                f"got a {type(model).__name__} of which add_core cannot make one, because {reason}; needs a plain "
-                "Transformers model with dense weights; load it anew, and merge an adapter or dequantize first"
-            )
+        return LowRankCore(clone, config, sites)
+    forget_ties(clone, untied)
+    for path in untied:
+        if (bias := factors[path].bias) is not None:  # BERT's head has its bias tied too
+            factors[path].B.bias = nn.Parameter(bias.detach().clone())
+    return LowRankCore(clone, config, sites, freeze_shared(clone, {id(p) for p in shared}), untied)
 
 
 def _private_ids(model: PreTrainedModel, which: str) -> set[int]:
@@ -141,16 +177,6 @@ def _share(model: PreTrainedModel, path: str, site: Site, factors: FactorizedLin
     dense = linear_at(parent, name)
     product = factors.dense_weight().detach()
     remainder = nn.Parameter(dense.weight.detach() - (product.T if site.transposed else product))
-    merged = MergedLinear(remainder, factors, dense.bias, site.transposed)
+    merged = MergedLinear(remainder, factors.A.weight, factors.B.weight, dense.bias, site.transposed)
     merged.train(dense.training)
     setattr(parent, name, merged)
-
-
-def _freeze_shared(clone: PreTrainedModel, shared: set[int]) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Replace what the clone shares by read-only aliases of the same storage, so that no core step forms a gradient."""
-    aliases: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-    for module, _, name, parameter in list(parameter_sites(clone)):
-        if id(parameter) in shared:
-            alias = nn.Parameter(parameter.detach(), requires_grad=False)
-            _, module._parameters[name] = aliases.setdefault(id(parameter), (parameter, alias))
-    return list(aliases.values())

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .base import Site
 from .config import LowRankCoreConfig
 
 # exactly these: a subclass may use its weight in another way than its forward does
@@ -17,11 +17,36 @@ _CONVERTED = (nn.Linear, Conv1D)
 CLASSIFIER_HEADS = ("score", "classifier")
 
 
+@dataclass(frozen=True)
+class Site:
+    """One linear map of the full network that the core replaces: y = W x + b with W of (out_features, in_features)."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    transposed: bool  # GPT-2's Conv1D keeps W as (in_features, out_features)
+
+
+class Targets(Protocol):
+    """What a config says of the linear layers it is about."""
+
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None
+
+
 def find_sites(model: PreTrainedModel, config: LowRankCoreConfig) -> dict[str, Site]:
     """Module path -> the linear map there, for every target of `config`.
 
-    Raises: ValueError for a target that matches nothing or is no linear layer, for a rank that is too large, and for
-        mixture-of-experts weights that a core could not make smaller.
+    Raises: ValueError as `find_targets`, and for a rank that is too large.
+    """
+    return {name: _site(name, module, config) for name, module in find_targets(model, config).items()}
+
+
+def find_targets(model: PreTrainedModel, config: Targets) -> dict[str, nn.Linear | Conv1D]:
+    """Module path -> the linear layer there, for every target of `config`.
+
+    Raises: ValueError for a target that matches nothing or is no linear layer, and for mixture-of-experts weights that
+        a core could not make smaller.
     """
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and type(m) in _CONVERTED}
     if config.target_modules == "all-linear":
@@ -32,7 +57,7 @@ def find_sites(model: PreTrainedModel, config: LowRankCoreConfig) -> dict[str, S
         if wrong := [n for n in wanted if n not in linear]:
             raise ValueError(
                 f"got the target {wrong[0]}, a {type(model.get_submodule(wrong[0])).__name__}; needs nn.Linear or "
-                "Conv1D, because only those are factorised; set target_modules"
+                "Conv1D, because a core replaces only those; set target_modules"
             )
         for name in config.target_modules if isinstance(config.target_modules, list) else []:
             if not any(n == name or n.endswith(f".{name}") for n in wanted):
@@ -40,7 +65,7 @@ def find_sites(model: PreTrainedModel, config: LowRankCoreConfig) -> dict[str, S
     if not wanted:
         raise ValueError(_no_match(f"target_modules={config.target_modules!r}", linear))
     _refuse_experts(model, config)
-    return {name: _site(name, linear[name], config) for name in wanted}
+    return {name: linear[name] for name in wanted}
 
 
 @dataclass
@@ -51,12 +76,12 @@ class _PeftQuery:
     exclude_modules: str | list[str] | None
 
 
-def _targeted(path: str, config: LowRankCoreConfig) -> bool:
+def _targeted(path: str, config: Targets) -> bool:
     found = check_target_module_exists(_PeftQuery(config.target_modules, config.exclude_modules), path)
     return bool(found) and not _excluded(path, config)
 
 
-def _excluded(path: str, config: LowRankCoreConfig) -> bool:
+def _excluded(path: str, config: Targets) -> bool:
     # the excluded modules are what PEFT would match, were they the targets
     return bool(config.exclude_modules) and bool(
         check_target_module_exists(_PeftQuery(config.exclude_modules or [], None), path)
@@ -79,14 +104,14 @@ def _output_heads(model: PreTrainedModel) -> set[str]:
     }
 
 
-def _refuse_experts(model: PreTrainedModel, config: LowRankCoreConfig) -> None:
+def _refuse_experts(model: PreTrainedModel, config: Targets) -> None:
     """Experts held as 3-D parameters are no linear layers: the core would carry them at full size."""
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and "expert" in f"{path}.{name}".lower() and not _excluded(path, config):
                 raise ValueError(
                     f"got a model with expert weights {path}.{name} of shape {tuple(parameter.shape)}; needs "
-                    "matrices, because a 3-D parameter of all experts is not factorised and the core would keep its "
+                    "matrices, because a 3-D parameter of all experts is no linear layer and the core would keep its "
                     f"full size; set exclude_modules=[{path.rpartition('.')[2]!r}] to keep the experts dense in the core"
                 )
 

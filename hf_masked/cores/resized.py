@@ -1,0 +1,237 @@
+"""Cores that are standard models: the full model's class with smaller numbers in its config.
+
+Such a core is built from the smaller config, as `from_pretrained` would build it, and then given its tensors: the full
+network's own, copies of them, or cuts. So whatever it computes, stock transformers computes after loading it.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..types import Mask, StepInfo
+from .base import Core, CoreConfig
+from .modules import parameter_sites
+
+Changes = dict[str, dict[str, Any]]
+"""Name of a sub-config ("" for the model's own) -> field -> new value."""
+Value = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of the core comes from: the full network's tensor `name`, cut to `kept` entries per dimension."""
+
+    name: str
+    kept: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (dimension, indices along it)
+
+    @cached_property
+    def _steps(self) -> list[tuple[int, int | torch.Tensor, int]]:
+        """Per dimension: where it starts and how long it is, or all of its indices where they are not consecutive."""
+        steps: list[tuple[int, int | torch.Tensor, int]] = []
+        for dim, indices in self.kept:
+            consecutive = indices == tuple(range(indices[0], indices[0] + len(indices)))
+            steps.append((dim, indices[0] if consecutive else torch.tensor(indices), len(indices)))
+        return steps
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part: a view where the indices are consecutive."""
+        for dim, start, length in self._steps:
+            if isinstance(start, torch.Tensor):
+                tensor = tensor.index_select(dim, start.to(tensor.device))
+            else:
+                tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+    def inside(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part as a bool mask of the whole tensor."""
+        mask = torch.ones_like(tensor, dtype=torch.bool)
+        for dim, indices in self.kept:
+            along = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+            along[list(indices)] = True
+            mask &= along.view([-1 if d == dim else 1 for d in range(tensor.dim())])
+        return mask
+
+
+class _Cut(nn.Module):
+    """W -> its part, as a parametrization of the core's layer: only the part is ever multiplied."""
+
+    def __init__(self, part: Part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, whole: torch.Tensor) -> torch.Tensor:
+        return self.part.of(whole)
+
+
+class ResizedCore(Core):
+    """A core whose config is the full model's with some `changes`.
+
+    Args:
+        full: the full network.
+        config: how the core is made.
+        changes: what its model config says otherwise.
+        part: name of a tensor in the core -> the part of the full network's tensors that it is.
+    """
+
+    def __init__(self, full: PreTrainedModel, config: CoreConfig, changes: Changes, part: Callable[[str], Part]):
+        self.changes = changes
+        model = skeleton(full, changes)
+        self.parts = {name: part(name) for name in _names(model)}
+        theirs = _tensors(full)
+        for name, place in _tensors(model).items():
+            _check(type(full).__name__, name, place, self.parts[name], theirs)
+        shared = config.coupling == "shared"
+        _fill(model, lambda name: self._start(theirs[self.parts[name].name], self.parts[name], shared))
+        model.train(full.training)
+        if hasattr(full, "generation_config"):
+            model.generation_config = full.generation_config
+        super().__init__(model, config)
+        if shared:
+            self._share_whole(theirs)
+
+    @staticmethod
+    def _start(whole: torch.Tensor, part: Part, shared: bool) -> torch.Tensor:
+        if shared and not part.kept and isinstance(whole, nn.Parameter):
+            return whole
+        own = part.of(whole.detach()).clone()
+        return nn.Parameter(own, whole.requires_grad) if isinstance(whole, nn.Parameter) else own
+
+    def _share_whole(self, theirs: dict[str, torch.Tensor]) -> None:
+        """Let the layers that have a part of a tensor hold the full network's whole one, and cut it when they run."""
+        for module, path, name, _ in list(parameter_sites(self.model)):
+            part = self.parts[f"{path}.{name}".lstrip(".")]
+            if part.kept:
+                module._parameters[name] = theirs[part.name]  # type: ignore[assignment]
+                parametrize.register_parametrization(module, name, _Cut(part), unsafe=True)
+
+    # ---- the contract ----
+
+    def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
+        """Copies of the full network's values as they are now; with coupling "shared" they are the same already."""
+        theirs = _tensors(full)
+        with torch.no_grad():
+            for name, mine in _tensors(self.model).items():
+                if name in self.parts and mine is not theirs[self.parts[name].name]:
+                    mine.copy_(self.parts[name].of(theirs[self.parts[name].name]))
+        return list(self.own_parameters(full).values())
+
+    def extract(self, core_format: str) -> PreTrainedModel:
+        extracted = skeleton(self.model, {})
+
+        def value(name: str) -> torch.Tensor:
+            path, _, last = name.rpartition(".")
+            mine = getattr(self.model.get_submodule(path), last)
+            copied = mine.detach().clone()
+            return copied if name in _buffers(extracted) else nn.Parameter(copied)
+
+        _fill(extracted, value)
+        if hasattr(self.model, "generation_config"):
+            extracted.generation_config = copy.deepcopy(self.model.generation_config)
+        return extracted.train(self.model.training)
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        buffers = _buffers(self.model)
+        for name in self.parts:
+            if name not in buffers:
+                path, _, last = name.rpartition(".")
+                yield getattr(self.model.get_submodule(path), last)
+
+    def counterparts(self, full: nn.Module) -> dict[str, torch.Tensor]:
+        theirs = _tensors(full)
+        return {name: theirs[part.name] for name, part in self.parts.items()}
+
+    def sync(self, full: nn.Module) -> None:
+        """Also lets changes of the full model's config (attention implementation, special tokens, ...) reach the core."""
+        mine, theirs = sub_configs(self.model.config), sub_configs(full.config)  # type: ignore[arg-type]
+        for name, config in mine.items():
+            own = {*self.changes.get(name, {}), *(part for part in mine if part)}
+            vars(config).update({k: v for k, v in vars(theirs[name]).items() if k not in own})
+        super().sync(full)
+
+    def update_mask(self) -> Mask | None:
+        inside = {}
+        for name, part in self.parts.items():
+            path, _, last = name.rpartition(".")
+            lists = getattr(self.model.get_submodule(path), "parametrizations", {})
+            if last in lists:
+                inside[f"{path}.parametrizations.{last}.original"] = part
+
+        def mask(info: StepInfo, gradients: Any) -> dict[str, torch.Tensor | bool]:
+            return {name: part.inside(gradients[name]) for name, part in inside.items() if name in gradients}
+
+        return mask if inside else None
+
+
+def sub_configs(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    """The config itself as "", and those of its parts by name."""
+    return {"": config} | {k: v for k, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
+
+
+def skeleton(model: PreTrainedModel, changes: Changes) -> PreTrainedModel:
+    """A model of the same class and of the changed config, on the meta device.
+
+    Raises: ValueError where no such config exists, or it would not survive being saved and loaded.
+    """
+    config = copy.deepcopy(model.config)
+    for part, values in changes.items():
+        for name, value in values.items():
+            setattr(sub_configs(config)[part], name, value)
+    try:
+        type(config).from_dict(config.to_dict())
+        with torch.device("meta"):
+            made: PreTrainedModel = type(model)(config)
+    except Exception as error:  # a config's own rules raise what they like
+        raise ValueError(
+            f"got a core of {type(model).__name__} with {changes}; needs sizes that its config can say, because stock "
+            f"transformers has to load the core; it says: {error}; set other sizes in --core_config"
+        ) from error
+    return made
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, tied ones under each of their names."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return named | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _names(model: nn.Module) -> list[str]:
+    return list(_tensors(model))
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_buffers(remove_duplicate=False))
+
+
+def _check(class_name: str, name: str, place: torch.Tensor, part: Part, theirs: dict[str, torch.Tensor]) -> None:
+    found = theirs.get(part.name)
+    shape = None if found is None else tuple(part.of(found.detach()).shape)
+    if shape != tuple(place.shape):
+        raise ValueError(
+            f"got a {class_name} whose {part.name} gives a core tensor of shape {shape}; needs {tuple(place.shape)} for {name}, "
+            "because that is what its class builds from the core's config, and stock transformers has to load it; the model "
+            "was changed after it was built: load it anew"
+        )
+
+
+def _fill(model: PreTrainedModel, value: Value) -> None:
+    """Put tensors into every place of a skeleton, one for tied places."""
+    made: dict[int, Any] = {}
+    for path, module in model.named_modules():
+        if loose := [name for name, held in vars(module).items() if isinstance(held, torch.Tensor)]:
+            raise ValueError(
+                f"got a {type(model).__name__} whose {path} holds {loose[0]!r} as a plain tensor; needs parameters and "
+                "buffers, because a core is built without values and gets the full network's; set --core low_rank"
+            )
+        for table in (module._parameters, module._buffers):
+            for name, place in table.items():
+                if place is not None:
+                    if id(place) not in made:
+                        made[id(place)] = (place, value(f"{path}.{name}".lstrip(".")))
+                    table[name] = made[id(place)][1]
