@@ -1,0 +1,151 @@
+"""Masks of single entries: the largest, exactly k random ones, or each with a probability."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from ..types import StepInfo
+from ..values import Value
+
+Scope = Literal["tensor", "global"]
+Tensors = Mapping[str, torch.Tensor]
+
+
+def kept_count(density: float, entries: int) -> int:
+    """How many of `entries` a density keeps: the nearest integer, at least 1.
+
+    >>> kept_count(0.25, 10), kept_count(1e-6, 10)
+    (2, 1)
+    """
+    return max(1, min(entries, round(density * entries)))
+
+
+def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """A mask, of the shape of `scores`, of exactly `count` entries none of which is below one left out.
+
+    >>> largest(torch.tensor([[3.0, 1.0], [2.0, 4.0]]), 2).tolist()
+    [[True, False], [False, True]]
+    """
+    flat = scores.flatten()
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    if count > 0:
+        mask[_where_largest(flat, count)] = True
+    return mask.view(scores.shape)
+
+
+def largest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """A mask of the n largest of every m consecutive entries, whose number m divides.
+
+    >>> largest_of_groups(torch.tensor([4.0, 1.0, 2.0, 3.0]), 1, 2).tolist()
+    [True, False, False, True]
+    """
+    groups = scores.reshape(-1, m)
+    kept = torch.zeros_like(groups, dtype=torch.bool)
+    return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view(scores.shape)
+
+
+def _where_largest(flat: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the `count` largest of a vector, in no order.
+
+    A sample bounds them from below, so that only what is above the bound has to be selected from; where the bound turns out
+    too high, or where too much is wanted for that to pay, all of it is.
+    """
+    sample = flat[:: max(1, len(flat) // 8192)]
+    expected = len(sample) * count / len(flat)
+    rank = math.ceil(expected + 4 * math.sqrt(expected) + 4)
+    if rank <= len(sample) / 4:
+        bound = sample.topk(rank, sorted=False).values.min()
+        above = (flat >= bound).nonzero().flatten()
+        if len(above) >= count:
+            return above[flat[above].topk(count, sorted=False).indices]
+    return flat.topk(count, sorted=False).indices
+
+
+def largest_by_name(scores: Tensors, density: float, scope: Scope) -> dict[str, torch.Tensor]:
+    """`largest`, with one count for every tensor, or for all together (which takes one more copy of the scores)."""
+    if scope == "tensor":
+        return {name: largest(score, kept_count(density, score.numel())) for name, score in scores.items()}
+    if not scores:
+        return {}
+    joined = torch.cat([score.flatten().float() for score in scores.values()])
+    parts = largest(joined, kept_count(density, joined.numel())).split([s.numel() for s in scores.values()])
+    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+
+
+def random_entries(shape: torch.Size, count: int, generator: torch.Generator) -> torch.Tensor:
+    """A CPU mask with exactly `count` entries, every choice of them equally probable.
+
+    Cost: about `count` random integers, or as many as are left out where those are fewer.
+    """
+    entries = shape.numel()
+    wanted = min(count, entries - count)
+    chosen = torch.zeros(entries, dtype=torch.bool)
+    missing = wanted
+    while missing:
+        chosen[torch.randint(entries, (missing,), generator=generator)] = True
+        missing = wanted - int(chosen.sum())
+    return (chosen if wanted == count else ~chosen).view(shape)
+
+
+@dataclass
+class TopK:
+    """Keeps the `density` share of entries with the largest absolute gradient.
+
+    Args:
+        density: share kept, in (0, 1].
+        scope: "tensor": that share of every tensor; "global": of all trained parameters together.
+
+    Cost: one selection per tensor; for "global" one float32 copy of the gradients.
+
+    Source: Aji, Heafield, "Sparse Communication for Distributed Gradient Descent", 2017.
+
+    >>> from hf_masked.values import Constant
+    >>> TopK(Constant(0.5))(StepInfo(0, 1), {"w": torch.tensor([1.0, -3.0])})
+    {'w': tensor([False,  True])}
+    """
+
+    density: Value
+    scope: Scope = "tensor"
+
+    def __call__(self, info: StepInfo, gradients: Tensors) -> dict[str, torch.Tensor]:
+        return largest_by_name({name: g.abs() for name, g in gradients.items()}, self.density(info), self.scope)
+
+
+@dataclass
+class RandK:
+    """Keeps exactly the `density` share of entries of every tensor, drawn anew every `every` update steps.
+
+    Args: `every`: >= 1, or 0 to draw once.
+    """
+
+    density: Value
+    every: int = 1
+
+    def __call__(self, info: StepInfo, gradients: Tensors) -> dict[str, torch.Tensor]:
+        drawn = replace(info, step=info.step // self.every * self.every if self.every else 0)
+        if self.every != 1:
+            drawn = replace(drawn, update=0)
+        density = self.density(info)
+        return {
+            name: random_entries(g.shape, kept_count(density, g.numel()), drawn.generator("rand_k", name)).to(g.device)
+            for name, g in gradients.items()
+        }
+
+
+@dataclass
+class RandomCoordinates:
+    """Keeps each entry with probability `density`, independently, drawn anew in every update."""
+
+    density: Value
+
+    def __call__(self, info: StepInfo, gradients: Tensors) -> dict[str, torch.Tensor]:
+        density = self.density(info)
+        return {
+            name: torch.empty(g.shape, dtype=torch.bool)
+            .bernoulli_(density, generator=info.generator("random_coordinates", name))
+            .to(g.device)
+            for name, g in gradients.items()
+        }
