@@ -1,0 +1,79 @@
+"""Takes gradients at x + dx and leaves no trace: parameters come back by copy, what had been accumulated is put back."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@contextmanager
+def displaced(parameters: Mapping[str, nn.Parameter], rule: Callable[[Tensors], Tensors]) -> Iterator[None]:
+    """Inside, the parameters are x + dx with dx = rule(x); afterwards they are x again, bit for bit.
+
+    Raises: ValueError where dx names a parameter that is not there.
+
+    Cost: one copy of the parameters that are displaced.
+    """
+    with torch.no_grad():
+        deltas = dict(rule({name: p.detach() for name, p in parameters.items()}))
+        del rule  # and with it a gradient that it may hold
+        check_names("perturbation", deltas, parameters)
+        saved: dict[str, torch.Tensor] = {}
+    try:
+        with torch.no_grad():
+            for name in list(deltas):
+                saved[name] = parameters[name].detach().clone()
+                # freed one by one: a displacement and the copy it forces are not both held
+                parameters[name].add_(deltas.pop(name))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in saved.items():
+                parameters[name].copy_(value)
+
+
+@contextmanager
+def gradients_apart(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside, no gradient has been accumulated yet; afterwards the accumulated ones are back, the same tensors.
+
+    Yields: a dict that holds the gradients made inside, by name, once the block has ended.
+    """
+    made: dict[str, torch.Tensor] = {}
+    accumulated = {name: p.grad for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    try:
+        yield made
+        made.update({name: p.grad for name, p in parameters.items() if p.grad is not None})
+    finally:
+        for name, p in parameters.items():
+            p.grad = accumulated[name]
+
+
+@contextmanager
+def buffers_kept(network: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers (running statistics of batch normalisation) are what they were.
+
+    Cost: one copy of the buffers.
+    """
+    saved = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in saved:
+            buffer.copy_(value)
+
+
+def check_names(slot: str, given: Mapping[str, object], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a slot's answer about parameters that the phase does not train.
+
+    Raises: ValueError.
+    """
+    if unknown := set(given) - set(parameters):
+        raise ValueError(
+            f"got a {slot} for {sorted(unknown)[:3]}, which this phase does not train; needs names among the trained "
+            "parameters, because an entry for another would be ignored; mend the function in plan="
+        )

@@ -1,0 +1,98 @@
+"""Gradients of the pruned network for the dense one: what is pruned can come back."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..masks.entries import largest, largest_of_groups
+from ..types import StepInfo
+from ..values import Spec, make_value
+from .chosen import check_pattern, matrices
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Prune:
+    """dx = -(1 - m(x)) (.) x with m(x) = 1 on the largest magnitudes, chosen anew in every update.
+
+    Args:
+        sparsity: fraction in [0, 1) of the matrices' entries (or rows) that is zero, or its schedule.
+        scope: "global": one threshold for all matrices; "tensor": the same sparsity in each.
+        structure: "entries"; "rows": whole rows by their norm; "n:m", such as "2:4": the n largest of m entries in a
+            row stay, which fixes the sparsity.
+        pattern: regular expression of the parameters; None: every matrix, embeddings included.
+
+    Cost: one copy of the matrices, and with scope "global" one more while the threshold is found; one selection per
+    microbatch.
+
+    Source: Lin, Stich, Barba, Dmitriev, Jaggi, "Dynamic Model Pruning with Feedback", ICLR 2020, equation 4 and algorithm 1; n:m:
+    Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
+
+    Deviations: the mask follows x in every update (there every 16), and with n:m there is no SR-STE decay.
+
+    >>> Prune(0.5)(StepInfo(0, 1), {"w": torch.tensor([[3.0, -1.0, 2.0, 0.5]])})["w"].tolist()
+    [[0.0, 1.0, 0.0, -0.5]]
+    """
+
+    sparsity: Spec = 0.9
+    scope: str = "global"
+    structure: str = "entries"
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        self.sparsity = self._sparsity = make_value(self.sparsity, "sparsity", 0, 1)
+        check_pattern(self.pattern)
+        if self.scope not in ("global", "tensor"):
+            raise ValueError(f"got scope={self.scope!r}; needs 'global' or 'tensor'; set it in --method_config")
+        groups = re.fullmatch(r"(\d+):(\d+)", self.structure)
+        self._groups = (int(groups[1]), int(groups[2])) if groups else None
+        whole = self.structure in ("entries", "rows")
+        if not whole and (self._groups is None or not 0 < self._groups[0] < self._groups[1]):
+            raise ValueError(
+                f"got structure={self.structure!r}; needs 'entries', 'rows', or n:m with 0 < n < m such as '2:4'; set it in "
+                "--method_config"
+            )
+
+    def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
+        chosen = matrices(parameters, self.pattern)
+        return {name: torch.where(kept, 0, -chosen[name]) for name, kept in self.kept(info, chosen).items()}
+
+    def kept(self, info: StepInfo, parameters: Tensors) -> dict[str, torch.Tensor]:
+        """m(x): True where an entry stays; broadcasts to the parameter's shape."""
+        if self._groups is not None:
+            return {name: _largest_of_groups(p, *self._groups, name) for name, p in parameters.items()}
+        sparsity = self._sparsity(info)
+        if self.structure == "rows":
+            # root mean square, so that rows of different lengths compare
+            sizes = {n: p.flatten(1).norm(dim=1) / p[0].numel() ** 0.5 for n, p in parameters.items()}
+            shapes = {n: (-1, *[1] * (p.ndim - 1)) for n, p in parameters.items()}
+        else:
+            sizes, shapes = (
+                {n: p.abs().flatten() for n, p in parameters.items()},
+                {n: p.shape for n, p in parameters.items()},
+            )
+        if self.scope == "tensor":
+            kept = {n: _largest(size, sparsity) for n, size in sizes.items()}
+        else:
+            together = _largest(torch.cat(list(sizes.values())), sparsity)
+            parts = together.split([size.numel() for size in sizes.values()])
+            kept = dict(zip(sizes, parts, strict=True))
+        return {n: k.view(shapes[n]) for n, k in kept.items()}
+
+
+def _largest(sizes: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """True for all but the round(sparsity * n) smallest, at least one."""
+    dropped = min(round(sparsity * sizes.numel()), sizes.numel() - 1)
+    return largest(sizes, sizes.numel() - dropped)
+
+
+def _largest_of_groups(p: torch.Tensor, n: int, m: int, name: str) -> torch.Tensor:
+    if p.flatten(1).shape[1] % m:
+        raise ValueError(
+            f"got structure '{n}:{m}' for {name} of shape {tuple(p.shape)}; needs rows whose length {m} divides, because "
+            "groups do not span rows; set pattern in --method_config to leave it out"
+        )
+    return largest_of_groups(p.abs(), n, m)

@@ -1,0 +1,75 @@
+"""Gradients of the quantized network for the one in full precision: the straight-through estimator."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..types import StepInfo
+from .chosen import check_pattern, matrices
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def _integers(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def nearest(rows: torch.Tensor) -> torch.Tensor:
+        top = 2 ** (bits - 1) - 1
+        scale = (rows.abs().amax(1, keepdim=True) / top).clamp_min(torch.finfo(rows.dtype).tiny)
+        return (rows / scale).round() * scale
+
+    return nearest
+
+
+def _ternary(rows: torch.Tensor) -> torch.Tensor:
+    sizes = rows.abs()
+    kept = sizes > 0.7 * sizes.mean(1, keepdim=True)
+    scale = (sizes * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_min(1)
+    return rows.sign() * kept * scale
+
+
+def _binary(rows: torch.Tensor) -> torch.Tensor:
+    return torch.where(rows >= 0, 1.0, -1.0).to(rows.dtype) * rows.abs().mean(1, keepdim=True)
+
+
+QUANTIZERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "int8": _integers(8),
+    "int4": _integers(4),
+    "ternary": _ternary,
+    "binary": _binary,
+}
+
+
+@dataclass
+class Quantize:
+    """dx = Q(x) - x on the matrices: forward and backward run with Q(x), the update moves x.
+
+    Args:
+        to: "int8" or "int4": round(x / s) s with s = max |x| / 127 or / 7; "ternary": {-s, 0, s}, zero where
+            |x| <= 0.7 mean |x|, s the mean magnitude of the rest; "binary": {-s, s}, s = mean |x|.
+        per_channel: one s per row (first dimension), or one per matrix.
+        pattern: regular expression of the parameters; None: every matrix, embeddings included.
+
+    Cost: one copy of the matrices, and a few tensors of the largest one's size, per microbatch.
+
+    Source: Courbariaux, Bengio, David, "BinaryConnect", NIPS 2015, with the scale of Rastegari et al., "XNOR-Net", ECCV
+    2016; ternary: Li, Zhang, Liu, "Ternary Weight Networks", 2016; integers: Jacob et al., CVPR 2018, symmetric.
+
+    Deviations: x is not clipped to [-1, 1] as in BinaryConnect; activations are not quantized. Written out, since
+    torch's fake_quantize takes float32 only; equal to it there.
+    """
+
+    to: str = "int8"
+    per_channel: bool = True
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        check_pattern(self.pattern)
+        if self.to not in QUANTIZERS:
+            raise ValueError(f"got to={self.to!r}; needs one of {sorted(QUANTIZERS)}; set it in --method_config")
+
+    def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
+        return {name: self._quantized(p) - p for name, p in matrices(parameters, self.pattern).items()}
+
+    def _quantized(self, p: torch.Tensor) -> torch.Tensor:
+        rows = p.reshape(p.shape[0], -1) if self.per_channel else p.reshape(1, -1)
+        return QUANTIZERS[self.to](rows).view(p.shape)

@@ -1,0 +1,84 @@
+"""Sharpness-aware minimization: the gradient is taken where the loss is (to first order) largest nearby."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..types import StepInfo
+from ..values import Spec, make_value
+
+Tensors = Mapping[str, torch.Tensor]
+# what keeps the gradient of a loss that is flat already from being divided by 0
+_TINY = 1e-12
+
+
+@dataclass
+class Sam:
+    """dx = rho g / |g|, with |g| the Euclidean norm over all trained parameters, in float32 or wider.
+
+    Args:
+        rho: radius, >= 0 (the paper: 0.05 for images), or its schedule.
+
+    Cost: a second forward and backward, one copy of the trained parameters.
+
+    Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization", ICLR 2021, equation 2 with p = 2.
+
+    Deviation: g is the gradient of one microbatch on one process (its m-sharpness, section 4.1), so the
+    accumulation split and the number of processes change dx.
+
+    >>> Sam(0.5)(StepInfo(0, 1), {}, {"w": torch.tensor([3.0, 4.0])})["w"].tolist()
+    [0.30000001192092896, 0.4000000059604645]
+    """
+
+    rho: Spec = 0.05
+    needs_gradient = True
+
+    def __post_init__(self) -> None:
+        self.rho = self._rho = make_value(self.rho, "rho", 0)
+
+    def __call__(self, info: StepInfo, parameters: Tensors, gradients: Tensors) -> Tensors:
+        if gradients:
+            scale = self._rho(info) / (_norm(list(gradients.values())) + _TINY)
+            for gradient in gradients.values():
+                gradient.mul_(scale)
+        return gradients
+
+
+@dataclass
+class Asam:
+    """dx = rho T^2 g / |T g|  with T = |x| + eta elementwise: the radius follows each parameter's scale.
+
+    Args:
+        rho: radius, >= 0 (the paper: 0.5 for images), or its schedule.
+        eta: >= 0, added to |x| so that zeros are displaced too (the paper: 0.01).
+
+    Cost: that of `Sam`, and one tensor of the largest parameter's size.
+
+    Source: Kwon, Kim, Park, Choi, "ASAM: Adaptive Sharpness-Aware Minimization", ICML 2021, equation 9 and section 5.
+
+    Deviation: T is that of every trained parameter, biases included. Per microbatch and process, as `Sam`.
+    """
+
+    rho: Spec = 0.5
+    eta: float = 0.01
+    needs_gradient = True
+
+    def __post_init__(self) -> None:
+        self.rho = self._rho = make_value(self.rho, "rho", 0)
+        make_value(self.eta, "eta", 0)
+
+    def __call__(self, info: StepInfo, parameters: Tensors, gradients: Tensors) -> Tensors:
+        if not gradients:
+            return {}
+        for name, gradient in gradients.items():
+            gradient.mul_(parameters[name].abs() + self.eta)
+        scale = self._rho(info) / (_norm(list(gradients.values())) + _TINY)
+        for name, gradient in gradients.items():
+            gradient.mul_(parameters[name].abs() + self.eta).mul_(scale)
+        return gradients
+
+
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack([torch.linalg.vector_norm(t, dtype=wide).to(tensors[0].device) for t in tensors]).norm()

@@ -1,0 +1,55 @@
+"""Gradients of parameters as they were some updates ago, as asynchronous workers see them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..types import StepInfo
+from ..values import make_value
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Stale:
+    """dx = x[t - tau] - x[t]; in the first tau updates, x[0] - x[t].
+
+    Args:
+        tau: delay in updates of this phase, an integer >= 0.
+
+    Cost: tau copies of the trained parameters, in checkpoints too, besides the one that any perturbation takes.
+
+    Source: the delayed-gradient model of asynchronous SGD, Agarwal, Duchi, "Distributed Delayed Stochastic
+    Optimization", NIPS 2011.
+
+    Deviation: x + dx is x[t - tau] to rounding.
+    """
+
+    tau: int = 1
+
+    def __post_init__(self) -> None:
+        make_value(self.tau, "tau", 0)
+        if not isinstance(self.tau, int):
+            raise ValueError(
+                f"got tau={self.tau!r}; needs an integer, because it counts updates; set it in --method_config"
+            )
+        self._past: list[dict[str, torch.Tensor]] = []
+        self._seen: tuple[int, int] | None = None
+
+    def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
+        if self._seen != (info.step, info.update):
+            self._past.append({name: p.clone() for name, p in parameters.items()})
+            self._past = self._past[-(self.tau + 1) :]
+            self._seen = info.step, info.update
+        return {name: past.to(parameters[name]) - parameters[name] for name, past in self._past[0].items()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The parameters of the last updates, as <updates ago>.<name>; those of the last one are the model's own past."""
+        return {f"{i}.{name}": p for i, past in enumerate(reversed(self._past)) for name, p in past.items()}
+
+    def load_state_dict(self, state: Tensors) -> None:
+        """Go on from `state_dict()`; nothing begins anew."""
+        ages = sorted({int(key.partition(".")[0]) for key in state}, reverse=True)
+        self._past = [{k.partition(".")[2]: p for k, p in state.items() if k.startswith(f"{age}.")} for age in ages]
+        self._seen = None

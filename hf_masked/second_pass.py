@@ -1,0 +1,186 @@
+"""Perturbations that need a gradient of their own: one more forward and backward per microbatch, before the real one.
+
+per microbatch:  g1 = gradient at x        nothing accumulated, nothing communicated, random numbers put back
+                 dx = rule(x, g1)          x + dx in place
+                 g2 = gradient at x + dx   the real pass: same batch, same dropout, accumulated and reduced
+                 x                         by copy
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .apply import mask_gradients, rules_of
+from .displacement import Tensors, buffers_kept, displaced, gradients_apart
+from .distillation import Teaching
+from .forward_pass import ForwardPass, ForwardPassMixin
+from .randomness import random_state_kept
+from .types import GradientPerturbation, Perturbation, Phase, StepInfo
+
+logger = logging.getLogger(__name__)
+# a run of which so many update steps in a row were skipped does not recover by skipping more
+_PATIENCE = 10
+
+
+def needs_gradient(rule: Perturbation | GradientPerturbation | None) -> bool:
+    """Whether a perturbation is to be given the gradient at x."""
+    return bool(getattr(rule, "needs_gradient", False))
+
+
+class SkippedSteps:
+    """Counts updates that were not made, because their gradient was not finite."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._in_a_row = 0
+
+    def saw(self, finite: bool, step: int) -> None:
+        """Count one update.
+
+        Raises: FloatingPointError after 10 skipped ones in a row.
+        """
+        if finite:
+            self._in_a_row = 0
+            return
+        self.total += 1
+        self._in_a_row += 1
+        logger.warning("update step %d is skipped: its gradient is not finite (%d so far)", step, self.total)
+        if self._in_a_row == _PATIENCE:
+            raise FloatingPointError(
+                f"got a gradient that is not finite in {_PATIENCE} update steps in a row; needs finite ones, because "
+                "nothing is trained any more; set a smaller --learning_rate, --core_learning_rate_scale or perturbation "
+                "(rho, sigma, sparsity), and resume from the last checkpoint"
+            )
+
+
+class SecondPassMixin(ForwardPassMixin):
+    """The part of an update step that takes the gradient at x + dx."""
+
+    @contextmanager
+    def _displaced(
+        self, model: nn.Module, inputs: Any, num_items: Any, phase: Phase, network: str, teaching: Teaching | None
+    ) -> Iterator[None]:
+        """Inside, the parameters that the phase trains are x + dx; without a perturbation, x."""
+        rule = phase.perturbation
+        if rule is None:
+            yield
+            return
+        info = replace(self._now().info, learning_rate=self._learning_rate(phase))
+        given: Callable[[Tensors], Tensors] = partial(cast(Perturbation, rule), info)
+        if needs_gradient(rule):
+            if getattr(rule, "fresh_batch", False):
+                inputs = self._fresh_batch(info)
+            under_way = ForwardPass(phase, network, teaching, first=True)
+            gradients = self._first_gradient(model, inputs, num_items, under_way)
+            given = partial(cast(GradientPerturbation, rule), info, gradients=gradients)
+            del gradients
+        if (measure := self._now().measure) is not None:
+            given = measure.displacement(given)
+        around = displaced(self._trained(phase), given)
+        del given
+        with around:
+            yield
+
+    def _first_gradient(
+        self, model: nn.Module, inputs: Any, num_items: Any, under_way: ForwardPass
+    ) -> dict[str, torch.Tensor]:
+        """The gradient of this microbatch's loss at x, without a trace: the next pass draws the same random numbers."""
+        parameters = self._trained(under_way.phase)
+        with (
+            random_state_kept(self.args.device),
+            self._host_metrics_apart(),
+            buffers_kept(model),
+            self.accelerator.no_sync(model),
+            gradients_apart(parameters) as gradients,
+        ):
+            self._run(model, inputs, num_items, under_way)
+        scaler = self.accelerator.scaler
+        # the share of one microbatch in an update's loss, and the GradScaler's factor, are taken out again
+        factor = self.current_gradient_accumulation_steps / (1.0 if scaler is None else scaler.get_scale())
+        if factor != 1:
+            torch._foreach_mul_(list(gradients.values()), factor)
+        return gradients
+
+    def _run(self, model: nn.Module, inputs: Any, num_items: Any, under_way: ForwardPass) -> torch.Tensor:
+        """Trainer's own forward and backward of one microbatch."""
+        rule = under_way.phase.backward
+        network = self.core_model if under_way.network == "core" else self.model
+        around = nullcontext() if rule is None else rule(self._now().info, network)
+        self._pass = under_way
+        try:
+            with around:
+                return super().training_step(model, inputs, num_items)
+        finally:
+            self._pass = None
+
+    def _learning_rate(self, phase: Phase) -> float:
+        optimizer: Any = self._core.optimizer if phase.network == "core" and self._joint else self.optimizer
+        return float(optimizer.param_groups[0]["lr"])
+
+    def _fresh_batch(self, info: StepInfo) -> Any:
+        """As many examples as a microbatch has, drawn anew from the training set for the first pass."""
+        dataset: Any = self.train_dataset
+        step = self._now()
+        step.fresh_batches += 1
+        names = ("fresh_batch", str(step.fresh_batches), str(self.args.process_index))
+        drawn = torch.randint(len(dataset), (self._train_batch_size,), generator=info.generator(*names))
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        return collate([dataset[i] for i in drawn.tolist()])
+
+    def _skips(self, phase: Phase) -> bool:
+        """Whether this update cannot be made: then no parameter has a gradient any more, on any process."""
+        if not self._is_checked_early(phase) or self.accelerator.scaler is not None:
+            return False  # a GradScaler finds and skips such updates itself
+        parameters = self._trained(phase)
+        gradients = [p.grad for p in parameters.values() if p.grad is not None]
+        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+        self._drop_unless(finite, phase)
+        return not finite
+
+    def _is_checked_early(self, phase: Phase) -> bool:
+        """Whether one gradient that is not finite would stay: displaced ones may be so often, and a rule may remember it."""
+        return self._perturbs(phase) or any(hasattr(rule, "load_state_dict") for rule in rules_of(phase))
+
+    def _perturbs(self, phase: Phase) -> bool:
+        made_by = (phase, self.plan.core) if phase.network == "sum" else (phase,)
+        return any(p.perturbation is not None for p in made_by)
+
+    def _skip_unless_finite(self, norm: Any) -> None:
+        """The same for the other updates of a joint run, by the norm of the reduced gradient, so alike on every process."""
+        phase = self._now().phases[0]
+        if self._is_checked_early(phase) or self.accelerator.scaler is not None:
+            return
+        self._drop_unless(math.isfinite(norm), phase)
+
+    def _drop_unless(self, finite: bool, phase: Phase) -> None:
+        """Count the update, and take every gradient from one that is not made."""
+        self._skipped.saw(finite, self._now().info.step)
+        if not finite:
+            parameters = self._trained(phase)
+            mask_gradients(parameters, dict.fromkeys(parameters, False))
+
+
+def refuse_phases(trainer: Any, phases: tuple[Phase, ...]) -> None:
+    """Refuse, before any training, fresh batches from data without an index, and a backward of its own under compilation.
+
+    Raises: ValueError.
+    """
+    dataset = trainer.train_dataset
+    fresh = any(getattr(phase.perturbation, "fresh_batch", False) for phase in phases)
+    if fresh and dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(
+            f"got fresh batches from a {type(dataset).__name__}; needs a data set with a length and an index, because their "
+            "examples are drawn by (seed, step), so that a resumed run draws them again; set fresh_batch to false"
+        )
+    if trainer.args.torch_compile and any(phase.backward is not None for phase in phases):
+        raise ValueError(
+            "got a backward of its own with --torch_compile; needs a run without, because layers exchange their forward in "
+            "every update, and each exchange would compile anew; drop one of them"
+        )
