@@ -1,0 +1,69 @@
+"""What the rules of a plan have seen, in a checkpoint: `joint/method.safetensors`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .plan import Plan
+
+_FILE = Path("joint", "method.safetensors")
+_SLOTS = ("perturbation", "grad_mask", "update_mask", "backward")
+
+
+def _stateful(plan: Plan) -> dict[str, Any]:
+    """The rules that keep something, by network and slot, each once."""
+    found: dict[str, Any] = {}
+    for phase in (plan.full, plan.core):
+        for slot in _SLOTS:
+            rule = getattr(phase, slot)
+            if hasattr(rule, "state_dict") and all(rule is not other for other in found.values()):
+                found[f"{phase.network}.{slot}"] = rule
+    return found
+
+
+def save(plan: Plan, checkpoint: str | Path, method: str) -> None:
+    """Write what the rules have seen; nothing where they keep nothing."""
+    tensors = {
+        f"{slot}/{key}": tensor.detach().contiguous().clone()
+        for slot, rule in _stateful(plan).items()
+        for key, tensor in rule.state_dict().items()
+    }
+    if _stateful(plan):
+        file = Path(checkpoint) / _FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file, metadata={"method": method})
+
+
+def load(plan: Plan, checkpoint: str | Path | None, method: str) -> None:
+    """Let the rules go on from a checkpoint, or begin anew without one.
+
+    Raises: ValueError for a checkpoint without their state, or made with another method.
+    """
+    rules = _stateful(plan)
+    if not rules:
+        return
+    tensors = {} if checkpoint is None else _read(Path(checkpoint) / _FILE, method)
+    for slot, rule in rules.items():
+        mine = f"{slot}/"
+        rule.load_state_dict({key.removeprefix(mine): t for key, t in tensors.items() if key.startswith(mine)})
+
+
+def _read(file: Path, method: str) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, "pt") as stored:
+            made_with = stored.metadata()["method"]
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"got a checkpoint whose {file} cannot be read ({error}); needs what the method had seen, because it would "
+            "begin anew; set --method as it was, or name another checkpoint"
+        ) from None
+    if made_with != method:
+        raise ValueError(
+            f"got the checkpoint {file.parent.parent} made with the method {made_with!r}; needs {method!r}; set --method as it "
+            "was, or name another checkpoint"
+        )
+    return tensors

@@ -1,0 +1,77 @@
+"""What a phase's slots cannot be combined with, refused before any training."""
+
+from typing import Any
+
+import torch
+
+from ..apply import Parameters, evaluate_mask, looks_at_names, rules_of
+from ..masks import DynamicSparsity, ErrorFeedback, Fisher, Fixed
+from ..types import Phase, StepInfo
+
+# of the optimizers that Trainer offers: those without state per entry, and those that step inside backward
+_NOT_PER_ENTRY = ("adafactor", "8bit", "galore", "apollo")
+_IN_BACKWARD = ("lomo", "layerwise")
+
+
+def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
+    """Refuse slots that this model or these arguments give no meaning.
+
+    Args:
+        phase: whose slots.
+        parameters: those it trains, by name.
+        args: the training arguments.
+
+    Raises: ValueError.
+    """
+    rules = rules_of(phase)
+    for rule in rules:
+        if isinstance(rule, Fixed):
+            _refuse_misfit(rule, parameters)
+        if looks_at_names(rule):
+            evaluate_mask(rule, parameters, StepInfo(0, max(1, args.max_steps), getattr(args, "mask_seed", 0)))
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    single = phase.update_mask is not None and not looks_at_names(phase.update_mask)
+    fused = any(name in optimizer for name in _NOT_PER_ENTRY) and single and phase.state_policy != "decay"
+    refused = [
+        (
+            bool(rules) and any(name in optimizer for name in _IN_BACKWARD),
+            f"--optim {optimizer}",
+            "it steps inside backward, before any mask is known; set another --optim",
+        ),
+        (
+            fused,
+            f"--optim {optimizer}",
+            f'its state is not per entry, so it cannot be held to the policy "{phase.state_policy}"; set '
+            '{"state_policy": "decay"} in --method_config, or another --optim',
+        ),
+        (
+            args.fp16 and any(isinstance(rule, ErrorFeedback | Fisher | DynamicSparsity) for rule in rules),
+            "--fp16",
+            "what it remembers of gradients would be in units of a loss scale that changes, and overflow with it; set --bf16",
+        ),
+        (
+            any(hasattr(rule, "support") for rule in rules) and any(name.endswith(".R") for name in parameters),
+            'a core of coupling "shared"',
+            "zeros in A, B and R are none in W = B A + R; set coupling free in --core_config",
+        ),
+    ]
+    for applies, what, reason in refused:
+        if applies:
+            raise ValueError(
+                f"got a mask on {phase.network} updates with {what}; needs a run without, because {reason}"
+            )
+
+
+def _refuse_misfit(rule: Fixed, parameters: Parameters) -> None:
+    for name, mask in rule.masks.items():
+        shape = tuple(parameters[name].shape) if name in parameters else None
+        given = tuple(mask.shape) if isinstance(mask, torch.Tensor) else ()
+        if (
+            shape is None
+            or len(given) > len(shape)
+            or any(mine not in (1, theirs) for mine, theirs in zip(given[::-1], shape[::-1], strict=False))
+        ):
+            raise ValueError(
+                f"got a mask of shape {given} for {name!r}, which is {shape or 'no trained parameter'}; needs one that broadcasts "
+                "to a parameter, because it would hold nothing, or the wrong entries; set another file in --method_config"
+            )

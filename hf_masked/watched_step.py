@@ -1,0 +1,93 @@
+"""Diagnostics and audit inside an update step: they look on, and change nothing."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .apply import MaskValues
+from .diagnostics import Measure, stepped_gradients
+from .distillation import Teaching
+from .forward_pass import ForwardPass
+from .randomness import random_state_kept
+from .second_pass import SecondPassMixin
+from .types import Phase
+
+
+class WatchedStepMixin(SecondPassMixin):
+    """The part of an update step that measures it, every `diagnostics_steps` update steps, and audits it."""
+
+    def _begin_watch(self, phase: Phase) -> None:
+        """Measure the update step that begins, where its turn has come; "sum" has two gradients and none of its own."""
+        every = getattr(self.args, "diagnostics_steps", 0)
+        step = self._now()
+        if every and step.info.step % every == 0 and phase.network != "sum":
+            step.measure = Measure()
+
+    def _audited(self, phase: Phase) -> AbstractContextManager[None]:
+        if self._audit is None or phase.perturbation is None:
+            return nullcontext()
+        return self._audit.unmoved(self._trained(phase), self._now().info.step)
+
+    def _watch_microbatch(
+        self, model: nn.Module, inputs: Any, num_items: Any, phase: Phase, network: str, teaching: Teaching | None
+    ) -> None:
+        """Take this microbatch's exact gradient at x."""
+        measure = self._now().measure
+        if measure is None:
+            return
+        exact = ForwardPass(replace(phase, backward=None), network, teaching, first=True)
+        measure.add(
+            self._first_gradient(model, inputs, num_items, exact), 1 / self.current_gradient_accumulation_steps
+        )
+        if self._joint:
+            self._now().gap = self._core_full_gap(inputs)
+
+    def _core_full_gap(self, inputs: Any) -> float:
+        """The core's mean label loss minus the full network's on a microbatch, with the same random numbers."""
+        losses = []
+        batch = self._prepare_inputs(inputs)
+        for network in (self._core_wrapped, self.model):
+            with (
+                torch.no_grad(),
+                random_state_kept(self.args.device),
+                self._host_metrics_apart(),
+                self.compute_loss_context_manager(),
+            ):
+                network.train()
+                losses.append(float(self._loss_and_outputs(network, dict(batch), num_items_in_batch=None)[0]))
+        return losses[0] - losses[1]
+
+    def _watch_update(self, phase: Phase, grad_mask: MaskValues, update_mask: MaskValues) -> None:
+        """Look at what the optimizer is about to be given."""
+        step, parameters = self._now(), self._trained(phase)
+        if self._audit is not None:
+            self._audit.before(parameters, update_mask)
+        if not getattr(self.args, "diagnostics_steps", 0) or step.info.update > 0:
+            return
+        moves = {n: p.grad is not None and update_mask.get(n, True) is not False for n, p in parameters.items()}
+        self._coverage.saw(step.info.step, moves)
+        if step.measure is None:
+            return
+        scaler = self.accelerator.scaler
+        stepped = stepped_gradients(parameters, update_mask, 1.0 if scaler is None else scaler.get_scale())
+        # what a backward of its own leaves out is known from the gradient alone
+        kept = {n: g != 0 for n, g in stepped.items()} if phase.backward is not None else {}
+        step.measure.gradient = {n: self._mean_over_processes(g) for n, g in step.measure.gradient.items()}
+        masks = (grad_mask, update_mask, kept)
+        step.row = step.measure.compare(stepped, masks) | self._coverage.read(
+            step.info.step, step.measure.shares(masks)
+        )
+        if step.gap is not None:
+            step.row["core_full_gap"] = step.gap
+
+    def _log_measures(self, row: dict[str, float]) -> None:
+        """A log row of its own, which leaves Trainer's due one due."""
+        due = self.control.should_log
+        self.log(row)
+        self.control.should_log = due
+
+    def _mean_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(value, "mean") if self.accelerator.num_processes > 1 else value
