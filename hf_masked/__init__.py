@@ -2,7 +2,22 @@
 
 from . import loading  # registers the factorised core with transformers
 from .arguments import MaskedArgumentsMixin, MaskedSeq2SeqTrainingArguments, MaskedTrainingArguments
-from .cores import LowRankCoreConfig, add_core, core_mode, get_core, has_core, split
+from .cores import (
+    Core,
+    CoreConfig,
+    DepthCoreConfig,
+    LoraCoreConfig,
+    LowRankCoreConfig,
+    ParametrizedCore,
+    SparseCoreConfig,
+    WidthCoreConfig,
+    add_core,
+    core_mode,
+    get_core,
+    has_core,
+    split,
+)
+from .drafting import draft_view, measure_acceptance
 from .export import export, extract_core, merge_full
 from .plan import Plan
 from .summary import core_summary
@@ -10,6 +25,10 @@ from .trainer import MaskedSeq2SeqTrainer, MaskedTrainer, MaskedTrainerMixin
 from .types import Phase, StepInfo
 
 __all__ = [
+    "Core",
+    "CoreConfig",
+    "DepthCoreConfig",
+    "LoraCoreConfig",
     "LowRankCoreConfig",
     "MaskedArgumentsMixin",
     "MaskedSeq2SeqTrainer",
@@ -17,17 +36,22 @@ __all__ = [
     "MaskedTrainer",
     "MaskedTrainerMixin",
     "MaskedTrainingArguments",
+    "ParametrizedCore",
     "Phase",
     "Plan",
+    "SparseCoreConfig",
     "StepInfo",
+    "WidthCoreConfig",
     "add_core",
     "core_mode",
     "core_summary",
+    "draft_view",
     "export",
     "extract_core",
     "get_core",
     "has_core",
     "loading",
+    "measure_acceptance",
     "merge_full",
     "split",
 ]

@@ -1,107 +1,136 @@
-"""The only code that mutates parameters and gradients for a slot: perturb and restore, mask gradients, mask the step."""
+"""Masks gradients, and holds tensors still.
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+With `displacement.py` (x + dx) and `masked_optimizer.py` (the optimizer's step) the only code that mutates for a slot.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from .types import Mask, Perturbation, StepInfo
+from .displacement import check_names
+from .types import Mask, ParameterMask, Phase, StepInfo
 
 Parameters = Mapping[str, nn.Parameter]
+MaskValues = Mapping[str, torch.Tensor | bool]
 
 
-@contextmanager
-def perturbed(parameters: Parameters, rule: Perturbation, info: StepInfo) -> Iterator[None]:
-    """Inside, the parameters are x + dx; afterwards they are x again, restored by copy, bit for bit.
+# ---- before the forward pass ----
 
-    Cost: one copy of the parameters that are displaced.
+
+def hold_still(parameters: Parameters, phase: Phase, info: StepInfo) -> list[nn.Parameter]:
+    """Let nothing be differentiated by tensors that a mask of whole tensors leaves out; returns them, for `release`.
+
+    Raises: ValueError where no tensor is left to train.
     """
-    with torch.no_grad():
-        deltas = rule(info, {name: p.detach() for name, p in parameters.items()})
-        _check_names("perturbation", deltas, parameters)
-        saved = {name: parameters[name].detach().clone() for name in deltas}
-        for name, delta in deltas.items():
-            parameters[name].add_(delta)
-    try:
-        yield
-    finally:
+    masks = [evaluate_mask(rule, parameters, info) for rule in rules_of(phase) if looks_at_names(rule)]
+    held = [p for name, p in parameters.items() if not all(mask.get(name, True) for mask in masks)]
+    if held and len(held) == len(parameters):
+        raise ValueError(
+            f"got a mask that leaves out every tensor in update step {info.step}; needs one that keeps something, because "
+            "there would be nothing to differentiate; set --method_config"
+        )
+    for parameter in held:
+        parameter.requires_grad_(False)
+    return held
+
+
+def release(held: list[nn.Parameter]) -> None:
+    """Undo `hold_still`."""
+    for parameter in held:
+        parameter.requires_grad_(True)
+
+
+def rules_of(phase: Phase) -> list[Any]:
+    """The rules in the phase's mask slots, each once."""
+    rules = [rule for rule in (phase.grad_mask, phase.update_mask) if rule is not None]
+    return rules[:1] if len(rules) == 2 and rules[0] is rules[1] else rules
+
+
+def looks_at_names(rule: Mask | ParameterMask) -> bool:
+    """Whether it is a mask of whole tensors, which needs no gradients."""
+    return bool(getattr(rule, "whole_tensors", False))
+
+
+def zero_outside(parameters: Parameters, phase: Phase, info: StepInfo) -> None:
+    """Set to zero what the support of a mask leaves out."""
+    for rule in rules_of(phase):
+        if not hasattr(rule, "support"):
+            continue
         with torch.no_grad():
-            for name, value in saved.items():
-                parameters[name].copy_(value)
+            masks = rule.support(info, {name: p.detach() for name, p in parameters.items()})
+            check_names("support", masks, parameters)
+            for name, kept in masks.items():
+                parameters[name].masked_fill_(~kept, 0.0)
 
 
-def evaluate_mask(rule: Mask, parameters: Parameters, info: StepInfo) -> dict[str, torch.Tensor | bool]:
+# ---- after the gradients are reduced ----
+
+
+def evaluate_mask(
+    rule: Mask | ParameterMask, parameters: Parameters, info: StepInfo
+) -> dict[str, torch.Tensor | bool]:
     """The mask of the gradients as they are now."""
-    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    mask = dict(rule(info, gradients))
-    _check_names("mask", mask, parameters)
+    call: Any = rule
+    values = {name: p.detach() for name, p in parameters.items()}
+    with torch.no_grad():
+        if looks_at_names(rule):
+            mask = dict(call(info, values))
+        else:
+            gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+            needs = getattr(rule, "needs_parameters", False)
+            mask = dict(call(info, gradients, values) if needs else call(info, gradients))
+    check_names("mask", mask, parameters)
     return mask
 
 
-def mask_gradients(parameters: Parameters, mask: Mapping[str, torch.Tensor | bool]) -> None:
+def mask_update(parameters: Parameters, phase: Phase, info: StepInfo) -> tuple[MaskValues, MaskValues]:
+    """Apply the gradient mask, its memory of what it left out, and its support.
+
+    Returns: the gradient mask and the update mask, empty where all is kept.
+    """
+    grad_mask: MaskValues = {}
+    if phase.grad_mask is not None:
+        error = getattr(phase.grad_mask, "error", None)
+        if error is not None:
+            add_error(parameters, error)
+        grad_mask = evaluate_mask(phase.grad_mask, parameters, info)
+        if error is not None:
+            error.update(left_out(parameters, grad_mask))
+        mask_gradients(parameters, grad_mask)
+    zero_outside(parameters, phase, info)
+    if phase.update_mask is None or phase.update_mask is phase.grad_mask:
+        return grad_mask, grad_mask if phase.update_mask is not None else {}
+    return grad_mask, evaluate_mask(phase.update_mask, parameters, info)
+
+
+def add_error(parameters: Parameters, error: Mapping[str, torch.Tensor]) -> None:
+    """Add to the gradients what earlier updates left out, in place."""
+    for name, late in error.items():
+        gradient = parameters[name].grad if name in parameters else None
+        if gradient is not None:
+            gradient.add_(late.to(gradient.device))
+
+
+def left_out(parameters: Parameters, mask: MaskValues) -> dict[str, torch.Tensor]:
+    """The entries of the gradients that a mask leaves out, zero elsewhere."""
+    found = {}
+    for name, parameter in parameters.items():
+        kept, gradient = mask.get(name, True), parameter.grad
+        if gradient is not None:
+            dropped = ~kept if isinstance(kept, torch.Tensor) else torch.tensor(not kept, device=gradient.device)
+            found[name] = gradient * dropped
+    return found
+
+
+def mask_gradients(parameters: Parameters, mask: MaskValues) -> None:
     """Multiply gradients by a 0/1 mask, in place; a tensor masked as a whole has no gradient at all."""
     for name, kept in mask.items():
         gradient = parameters[name].grad
         if gradient is None:
             continue
         if isinstance(kept, torch.Tensor):
-            gradient.mul_(kept.to(gradient))
+            gradient.mul_(kept)
         elif not kept:
             parameters[name].grad = None
-
-
-@contextmanager
-def masked_step(
-    optimizer: torch.optim.Optimizer, parameters: Parameters, mask: Mapping[str, torch.Tensor | bool]
-) -> Iterator[None]:
-    """Around `optimizer.step()`: entries whose mask is 0 keep their bits, and so does their optimizer state.
-
-    Whole tensors are skipped by the optimizer. State policy: freeze (per-entry moments of a masked entry stay as they
-    were; a tensor's scalar step counter advances). Cost: one copy of partly masked tensors and of their state.
-    """
-    partly = {name: kept for name, kept in mask.items() if isinstance(kept, torch.Tensor)}
-    for name, kept in mask.items():
-        if not isinstance(kept, torch.Tensor) and not kept:
-            parameters[name].grad = None
-    before = {name: _entries(optimizer, parameters[name]) for name in partly}
-    yield
-    with torch.no_grad():
-        for name, kept in partly.items():
-            for key, now in _entries(optimizer, parameters[name], copy=False).items():
-                old = before[name].get(key)
-                now.copy_(torch.where(kept, now, torch.zeros_like(now) if old is None else old))
-
-
-class MaskedSteps:
-    """Makes the steps of an optimizer obey an update mask, wherever `step()` is called from."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self._wanted: tuple[Parameters, Mapping[str, torch.Tensor | bool]] | None = None
-        self._open = ExitStack()
-        optimizer.register_step_pre_hook(self._enter)
-        optimizer.register_step_post_hook(lambda *_: self._open.close())
-
-    def obey(self, wanted: tuple[Parameters, Mapping[str, torch.Tensor | bool]] | None) -> None:
-        """From now on obey this (parameters, mask); None lets every entry move."""
-        self._wanted = wanted
-
-    def _enter(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._wanted is not None:
-            self._open.enter_context(masked_step(optimizer, *self._wanted))
-
-
-def _entries(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, copy: bool = True) -> dict[str, torch.Tensor]:
-    """The parameter and the state tensors of its shape."""
-    state = optimizer.state.get(parameter, {})
-    shaped = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == parameter.shape}
-    named = {"": parameter.detach(), **shaped}
-    return {k: v.clone() for k, v in named.items()} if copy else named
-
-
-def _check_names(slot: str, given: Mapping[str, object], parameters: Parameters) -> None:
-    if unknown := set(given) - set(parameters):
-        raise ValueError(
-            f"got a {slot} for {sorted(unknown)[:3]}, which this phase does not train; needs names among the trained "
-            "parameters, because an entry for another would be ignored; mend the function in plan="
-        )

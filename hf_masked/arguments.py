@@ -7,13 +7,14 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .cores import LowRankCoreConfig
+from .cores import CORE_KINDS, CoreConfig, LowRankCoreConfig
+from .methods import fill_phases, summaries
 from .plan import Plan
-from .schedules import Sum, make_schedule
+from .schedules import CoreOnly, FullOnly, Sum, make_schedule
+from .typed import check_types
 from .types import Phase
 
 _CHOICES = {
-    "core": ("low_rank", "none"),
     "moments": ("per_phase", "shared"),
     "lr_curve": ("per_phase", "shared"),
     "preset": ("ride_along", "paper"),
@@ -35,17 +36,22 @@ class MaskedArgumentsMixin:
     core: str | None = field(
         default=None,
         metadata={
-            "help": "The small network trained inside the full one: 'low_rank', or 'none' for plain training. A model "
-            "that already went through add_core needs no value."
+            "help": f"The small network trained inside the full one: {', '.join(CORE_KINDS)}; or 'none' for plain "
+            "training. A model that already went through add_core needs no value."
         },
     )
     core_config: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "JSON of the core's options, e.g. '{\"rank\": 0.125}': rank (int, or float as a fraction of "
+            "help": "JSON of the core's options. All kinds: coupling (free | shared), split_at, split_every. low_rank, "
+            "e.g. '{\"rank\": 0.125}': rank (int, or float as a fraction of "
             "min(in, out)), rank_pattern, target_modules ('all-linear', names, or a regular expression), "
-            "exclude_modules, init (svd | random), coupling (free | shared), private (none | norms | biases | "
-            "embeddings | all), split_at, split_every."
+            "exclude_modules, init (svd | random), private (none | norms | biases | embeddings | all). lora, e.g. '{\"r\": 8}': "
+            "PEFT's own names: r, lora_alpha, target_modules, exclude_modules, rank_pattern, alpha_pattern, "
+            "modules_to_save, lora_dropout, use_rslora, init_lora_weights, task_type. "
+            "depth: keep, keep_encoder, keep_decoder (a fraction of the blocks, or their numbers). width: neurons, heads (a "
+            "fraction or a number), order (first | magnitude). sparse: sparsity (a fraction, or 'n:m'), target_modules, "
+            "exclude_modules."
         },
     )
     preset: str = field(
@@ -60,11 +66,41 @@ class MaskedArgumentsMixin:
         default="ride_along",
         metadata={
             "help": 'Which network each update step trains; a name or JSON such as \'{"name": "ride_along", '
-            '"core_updates": 4.0, "start": 0.5}\'. ride_along: every step is an ordinary full update, and from `start` '
+            '"core_updates": 6.0, "start": 0.75}\'. ride_along: every step is an ordinary full update, and from `start` '
             "(update step, or fraction of the run) on `core_updates` core updates follow it; alternate: `full_steps` "
             "full, `core_steps` core; random: core with `probability`; sum: both losses in one update; "
             "full_then_joint: `full_steps` full ones, then in turn; heal: in turn, the last `core_steps` core only; "
             "core_only; full_only."
+        },
+    )
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": f"A method of partial SGD for the updates; with or without a core. {summaries()} Default: none of them."
+        },
+    )
+    method_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON of the method's options, e.g. '{\"density\": 0.05}'; they are the parameters of the function of "
+            'its name in hf_masked/methods/. A scalar may be a schedule: \'{"density": {"name": "cubic", "start": '
+            '1.0, "end": 0.1, "until": 0.8}}\' (constant, linear, cosine, cubic, piecewise, warmup). apply_to (full | core | '
+            "both): whose updates."
+        },
+    )
+    diagnostics_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every how many update steps to measure what the update keeps of the gradient (captured energy, drift "
+            "ratio, alignment, relative perturbation, coverage, core-full gap), with one more forward and backward; "
+            "summarised in diagnostics.json and diagnostics.png (needs matplotlib). 0: never."
+        },
+    )
+    audit: bool = field(
+        default=False,
+        metadata={
+            "help": "Prove by checksum, in every update on every process, that masked entries did not move and displaced "
+            "parameters came back; the run fails where one did not. Slow."
         },
     )
     core_loss_weight: float = field(default=1.0, metadata={"help": "Factor of the core's loss, > 0."})
@@ -80,22 +116,22 @@ class MaskedArgumentsMixin:
         metadata={
             "help": "w in [0, 1] of the core's loss (1 - w) * label loss + w * divergence from the full network's "
             "(detached) logits. It yields by itself as the core's label loss nears the full network's on batches that "
-            "neither has seen (those of the first epoch)."
+            "neither has seen (those of the first epoch); once data repeat it stays as it is."
         },
     )
     distill_temperature: float = field(
         default=1.0, metadata={"help": "Temperature T > 0 of the divergence; it is multiplied by T^2."}
     )
     distill_buffer: int = field(
-        default=256,
+        default=512,
         metadata={
             "help": "Under ride_along: how many of the last batches are kept in main memory, with the top-k logits that "
-            "the full updates computed anyway, for core updates to draw from. 0: the current batch only. Checkpoints "
+            "the full updates computed anyway, for core updates to draw from, least used ones first. 0: the current batch only. Checkpoints "
             "carry it as joint/replay.safetensors; its size is logged as distill_buffer_bytes."
         },
     )
     distill_top_k: int = field(
-        default=64,
+        default=16,
         metadata={
             "help": "How many logits per token the buffer keeps, >= 1; the rest counts as one class with their joint "
             "probability."
@@ -121,14 +157,15 @@ class MaskedArgumentsMixin:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
+        check_types(self, MaskedArgumentsMixin, lambda name: f"set --{name}")
         self._apply_preset()
-        for name, legal in _CHOICES.items():
+        for name, legal in (_CHOICES | {"core": (*CORE_KINDS, "none")}).items():
             value = getattr(self, name)
             if value not in legal and not (value is None and name in ("core", "moments")):
                 raise ValueError(f"got {name}={value!r}; needs one of {legal}; set --{name}")
         if self.core == "none":
             self.core = None
-        for name, least in (("distill_buffer", 0), ("distill_top_k", 1)):
+        for name, least in (("distill_buffer", 0), ("distill_top_k", 1), ("diagnostics_steps", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"got {name}={value!r}; needs an integer >= {least}; set --{name}")
@@ -169,15 +206,22 @@ class MaskedArgumentsMixin:
             distill_weight=self.distill_weight,
             distill_temperature=self.distill_temperature,
         )
-        return Plan(make_schedule(self.schedule), core=core)
+        full, core = fill_phases(self.method or "sgd", self.method_config, Phase("full"), core)
+        schedule = make_schedule(self.schedule)
+        for phase, never, name in ((full, CoreOnly, "core_only"), (core, FullOnly | Sum, "full_only or sum")):
+            if phase.has_slots and isinstance(schedule, never):
+                raise ValueError(
+                    f"got method {self.method!r} applied to {phase.network} updates with the schedule {name}; needs a "
+                    "schedule with such updates, because it would do nothing (those of sum are full ones); set apply_to "
+                    "in --method_config, or --schedule"
+                )
+        return Plan(schedule, full, core)
 
-    def make_core_config(self) -> LowRankCoreConfig:
+    def make_core_config(self) -> CoreConfig:
         """The core's configuration that the fields describe."""
+        kind = CORE_KINDS[self.core or LowRankCoreConfig.kind]
         values = self.core_config
-        if isinstance(values, str):
-            config = LowRankCoreConfig.from_json(values)
-        else:
-            config = LowRankCoreConfig.from_dict(values or {})
+        config = kind.from_json(values) if isinstance(values, str) else kind.from_dict(values or {})
         if self.preset == "paper":
             given = json.loads(values) if isinstance(values, str) else (values or {})
             if given.get("coupling", "shared") != "shared":
@@ -191,7 +235,7 @@ class MaskedTrainingArguments(MaskedArgumentsMixin, TrainingArguments):
     """`TrainingArguments` with the fields of joint training.
 
     >>> args = MaskedTrainingArguments("out", core="low_rank", core_config='{"rank": 8}', report_to="none")
-    >>> args.make_core_config().rank
+    >>> args.make_core_config().to_dict()["rank"]
     8
     """
 

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .top_k import top_k_and_rest
+
 
 @dataclass
 class Teaching:
     """The full network's answer to one microbatch.
 
     Args:
-        values: the k largest logits of each position, (..., k).
+        values: the k largest logits of each position, (..., k), in no particular order.
         indices: their classes, (..., k), int32.
         rest: log-sum-exp of all other logits, (...); -inf where there are none. None where k covers every class.
         loss: the full network's own loss on the microbatch, as Trainer scales it; a scalar.
@@ -35,9 +37,7 @@ class Teaching:
         if k == logits.shape[-1]:
             order = torch.arange(k, dtype=torch.int32, device=logits.device).expand(logits.shape)
             return cls(logits.float() / temperature, order.contiguous(), None, loss.detach())
-        values, indices = logits.topk(k, dim=-1)
-        values = values.float() / temperature
-        rest = _log_difference(_log_sum_exp(logits, temperature), values.logsumexp(-1))
+        values, indices, rest = top_k_and_rest(logits, k, temperature)
         return cls(values, indices.to(torch.int32), rest, loss.detach())
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -49,24 +49,6 @@ class Teaching:
         """The same on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return Teaching(moved["values"], moved["indices"], moved.get("rest"), moved["loss"])
-
-
-def _log_sum_exp(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Of logits / temperature over the classes, in rows few enough to stay in a processor's cache."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    chunk = 64 if rows.device.type == "cpu" else max(len(rows), 1)
-    sums = []
-    for part in rows.split(chunk):
-        scaled = part.float() / temperature if temperature != 1 else part.float()
-        # log_softmax is one fused pass where logsumexp makes four
-        sums.append(scaled[:, 0] - scaled.log_softmax(-1)[:, 0])
-    return torch.cat(sums).reshape(logits.shape[:-1])
-
-
-def _log_difference(larger: torch.Tensor, smaller: torch.Tensor) -> torch.Tensor:
-    """log(exp(larger) - exp(smaller)), -inf where rounding leaves nothing."""
-    ratio = (smaller - larger).exp()
-    return larger + torch.log1p(-ratio.clamp(max=1.0))
 
 
 def divergence(student: torch.Tensor, teaching: Teaching, temperature: float) -> torch.Tensor:
@@ -130,9 +112,9 @@ class YieldingWeight:
         w * clamp((core - teacher) / (tolerance * teacher), 0, 1)
 
     with `core` and `teacher` the exponential means of both networks' label losses on batches that neither has seen, so the
-    newest ones of the first epoch: on others the core's loss says how often it saw them. A teacher that knows no more than
-    the core holds it back; at a gap of `tolerance` of the teacher's loss, or more, the whole w
-    applies. The weight changes between updates only, so that it is the same for every microbatch of one.
+    newest ones of the first epoch. At a gap of `tolerance` of the teacher's loss, or more, the whole w applies. On new data
+    a teacher that knows no more than the core holds it back. Where data repeat, it keeps the core from learning them by
+    heart, whoever's loss on them is the lower one, so there the weight stays as it is. The weight changes between updates only, so that it is the same for every microbatch of one.
     """
 
     decay = 0.9
@@ -152,6 +134,8 @@ class YieldingWeight:
         if self._pending is None:
             return
         seen, self._pending = reduce(self._pending), None
+        if not seen.isfinite().all():
+            return  # of an update that is not made
         self._means = seen if self._means is None else self.decay * self._means + (1 - self.decay) * seen
 
     def weight(self, w: float) -> torch.Tensor | float:

@@ -1,56 +1,40 @@
 """Writing both products: the full model in its unchanged class at the root, the core beside it in `core/`."""
 
-import copy
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from .cores.base import get_core, has_core, linear_at, parent_and_name, unwrap
-from .cores.linear import MergedLinear
-from .loading import LowRankFormat
+from .cores import Core, get_core, has_core
+from .cores.modules import unwrap
 
-CORE_FOLDER = "core"
-CoreFormat = Literal["factorized", "dense"]
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-# the file without which nothing loads: gone first and back last, so that no mixture of two exports ever loads
-_ENTRY = "config.json"
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+# the files without which nothing loads: gone first and back last, so that no mixture of two exports ever loads
+_ENTRIES = ("config.json", "adapter_config.json")
+# where products lie: the full model, and its core by kind; an old core of another kind goes too
+_FOLDERS = ("", "core", "adapter")
 
 
-def extract_core(model: PreTrainedModel, core_format: CoreFormat = "factorized") -> PreTrainedModel:
+def extract_core(model: PreTrainedModel, core_format: str | None = None) -> PreTrainedModel:
     """The core as a model of its own, independent of the full one.
 
     Args:
         model: a model with a core.
-        core_format: "factorized" keeps x -> B (A x); "dense" multiplies W = B A out, so that the result is a plain
-            model of the unchanged class, of the full model's size.
+        core_format: one of the core's `formats`, None for the first: "factorized" (low rank: keeps x -> B (A x)) or
+            "dense" (a plain model of the unchanged class; with low rank, W = B A is multiplied out).
 
     Raises: ValueError without a core or for another format.
 
     Cost: memory of the result.
     """
-    if core_format not in ("factorized", "dense"):
-        raise ValueError(f"got core_format={core_format!r}; needs 'factorized' or 'dense'")
     core = get_core(model)
     core.sync(unwrap(model))
-    extracted = _without_autocast(copy.deepcopy(core.model))
-    extracted.requires_grad_(True)
-    if core_format == "factorized":
-        ranks = {path: site.rank for path, site in core.sites.items()}
-        extracted.config.quantization_config = LowRankFormat(ranks)
-        return extracted
-    for path, site in core.sites.items():
-        factors = linear_at(extracted, path)
-        _put_dense(extracted, path, factors.dense_weight(), factors.bias, site.transposed)
-    return extracted
+    return core.extract(_checked_format(core, core_format))
 
 
 def merge_full(model: PreTrainedModel) -> PreTrainedModel:
@@ -60,42 +44,23 @@ def merge_full(model: PreTrainedModel) -> PreTrainedModel:
 
     Cost: memory of the result.
     """
-    full: Any = unwrap(model)
-    core = get_core(full)
-    merged = _without_autocast(copy.deepcopy(full, {id(core): None}))
-    for path, module in list(merged.named_modules()):
-        if isinstance(module, MergedLinear):
-            weight = module.dense_weight()
-            _put_dense(merged, path, weight, module.bias, module.transposed)
-    return merged
+    return get_core(model).merge(unwrap(model))
 
 
-def _without_autocast(model: PreTrainedModel) -> PreTrainedModel:
-    """Take off the forward that accelerate puts on a model for mixed precision."""
-    if "_original_forward" in vars(model):
-        del model._original_forward
-        vars(model).pop("forward", None)
-    return model
-
-
-def _put_dense(model: nn.Module, path: str, weight: torch.Tensor, bias: nn.Parameter | None, transposed: bool) -> None:
-    parent, name = parent_and_name(model, path)
-    out_features, in_features = weight.shape
-    with torch.device("meta"):
-        dense = (
-            Conv1D(out_features, in_features) if transposed else nn.Linear(in_features, out_features, bias is not None)
+def _checked_format(core: Core, core_format: str | None) -> str:
+    if core_format is not None and core_format not in core.formats:
+        raise ValueError(
+            f"got core_format={core_format!r}; needs one of {core.formats}, because the core is of the kind "
+            f"{core.config.kind!r}; set core_format"
         )
-    dense.weight = nn.Parameter((weight.T if transposed else weight).detach().contiguous())
-    dense.bias = bias
-    dense.train(parent.training)
-    setattr(parent, name, dense)
+    return core_format or core.formats[0]
 
 
 def export(
     model: PreTrainedModel,
     out: str | os.PathLike[str],
     *,
-    core_format: CoreFormat = "factorized",
+    core_format: str | None = None,
     processing_class: Any = None,
     max_shard_size: int | str = "50GB",
     model_card: str | None = None,
@@ -103,8 +68,8 @@ def export(
     """Write full and core so that stock tools load them.
 
     `out/` holds the full model in its unchanged class, for `AutoModel*.from_pretrained(out)` anywhere; `out/core/` the
-    core, for `AutoModel*.from_pretrained(out, subfolder="core")` after `import hf_masked` ("factorized"), or anywhere
-    ("dense"). Both get the tokenizer and the generation config. Everything is written aside first; then config.json
+    core, for `AutoModel*.from_pretrained(out, subfolder="core")` anywhere ("dense"), or after `import hf_masked`
+    ("factorized"). Both get the tokenizer and the generation config. Everything is written aside first; then config.json
     goes, the files change places, and config.json comes last, so that an interrupted export loads as nothing, and one
     that fails for lack of space leaves the old export as it was. Other files in `out/` are left alone.
 
@@ -124,10 +89,16 @@ def export(
     full: Any = unwrap(model)
     target = check_writable(out)
     with _staging(target) as staging:
-        _write_network(_stock_full(full), staging, processing_class, max_shard_size)
+        stock = get_core(full).merge(full) if has_core(full) and not get_core(full).full_is_plain else full
+        stock.save_pretrained(staging, max_shard_size=max_shard_size)
+        if processing_class is not None:
+            processing_class.save_pretrained(staging)
         if has_core(full):
-            core = extract_core(full, core_format)
-            _write_network(core, staging / CORE_FOLDER, processing_class, max_shard_size)
+            core = get_core(full)
+            core.sync(full)
+            core.write(staging / core.folder, _checked_format(core, core_format), max_shard_size)
+            if processing_class is not None:
+                processing_class.save_pretrained(staging / core.folder)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
         _swap_in(staging, target)
@@ -155,17 +126,6 @@ def check_writable(out: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _stock_full(full: Any) -> PreTrainedModel:
-    shares = has_core(full) and any(isinstance(m, MergedLinear) for m in full.modules())
-    return merge_full(full) if shares else full
-
-
-def _write_network(model: PreTrainedModel, folder: Path, processing_class: Any, max_shard_size: int | str) -> None:
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if processing_class is not None:
-        processing_class.save_pretrained(folder)
-
-
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     for abandoned in target.glob(".export-*"):
@@ -181,12 +141,13 @@ def _staging(target: Path) -> Iterator[Path]:
 def _swap_in(staging: Path, target: Path) -> None:
     """Exchange the files of two exports so that no moment of it loads as a mixture."""
     new = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-    for old_entry in (target / _ENTRY, target / CORE_FOLDER / _ENTRY):
+    folders = [target / name for name in _FOLDERS]
+    for old_entry in [folder / entry for folder in folders for entry in _ENTRIES]:
         old_entry.unlink(missing_ok=True)
-    for folder in (target, target / CORE_FOLDER):
+    for folder in folders:
         for pattern in _WEIGHTS:
             for stale in folder.glob(pattern):
                 stale.unlink()
-    for relative in sorted(new, key=lambda path: (path.name == _ENTRY, path == Path(_ENTRY))):
+    for relative in sorted(new, key=lambda path: (path.name in _ENTRIES, path.parent == Path())):
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / relative, target / relative)

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.neftune import activate_neftune
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .cores.base import unwrap
+from .cores.modules import unwrap
+from .diagnostics import Measure
 from .distillation import Teaching, distill
 from .hooks import JointHooks
 from .randomness import own_random_stream
@@ -20,11 +22,24 @@ from .types import Phase, StepInfo
 
 @dataclass
 class UpdateStep:
-    """The update step under way."""
+    """The update step under way.
+
+    Args:
+        info, phases: what it does.
+        seen: its microbatches, for core updates that follow.
+        held: parameters that are not differentiated by until its gradients are there.
+        fresh_batches: how many of them were drawn.
+        measure, gap, row: what the diagnostics measure in it, and what they log of it.
+    """
 
     info: StepInfo
     phases: tuple[Phase, ...]
     seen: Batch = field(default_factory=lambda: Batch([], None))
+    held: list[nn.Parameter] = field(default_factory=list)
+    fresh_batches: int = 0
+    measure: Measure | None = None
+    gap: float | None = None
+    row: dict[str, float] = field(default_factory=dict)
 
     @property
     def rides(self) -> bool:
@@ -34,12 +49,14 @@ class UpdateStep:
 
 @dataclass
 class ForwardPass:
-    """The forward pass under way: whose, and with what to learn from."""
+    """The forward pass under way: whose, with what to learn from, and whether another on the same batch follows it."""
 
     phase: Phase
     network: str
     teaching: Teaching | None = None
+    keep: bool = False
     keep_teaching: bool = False
+    first: bool = False
     label_loss: torch.Tensor | None = None
     total_loss: torch.Tensor | None = None
 
@@ -64,25 +81,28 @@ class ForwardPassMixin(JointHooks):
         if not self._checked:
             self._check_first_batch(batch, outputs)
         if under_way.network == "full":
-            if under_way.keep_teaching:
-                self._keep(batch, outputs, loss, num_items_in_batch)
+            if under_way.keep:
+                teaching = self._teaching(batch, outputs, loss) if under_way.keep_teaching else None
+                self._keep(batch, teaching, num_items_in_batch)
         else:
             under_way.label_loss = loss.detach()
             if under_way.teaching is not None:
-                loss = self._taught(under_way.teaching, under_way.phase, loss, batch, outputs, num_items_in_batch)
+                loss = self._taught(under_way, loss, batch, outputs, num_items_in_batch)
             loss = under_way.phase.loss_weight * loss
             under_way.total_loss = loss.detach()
         return (loss, outputs) if return_outputs else loss
 
     def _taught(
-        self, teaching: Teaching, phase: Phase, loss: torch.Tensor, batch: dict[str, Any], outputs: Any, num_items: Any
+        self, under_way: ForwardPass, loss: torch.Tensor, batch: dict[str, Any], outputs: Any, num_items: Any
     ) -> torch.Tensor:
         """The core's loss with the divergence from the full network's answer mixed in."""
+        phase, teaching = under_way.phase, under_way.teaching
+        assert teaching is not None, "asked for a taught loss without a teacher"
         logits = self._logits(self._core_wrapped, batch, outputs)
         devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         items = None if num_items is None else num_items / devices
-        if self._now().info.update <= 1 and (self.state.epoch or 0) < 1:
-            # on batches that neither network has seen: replayed ones are better known to the core
+        if not under_way.first and self._now().info.update <= 1 and (self.state.epoch or 0) < 1:
+            # on batches that neither network has seen: on known ones the losses say who knows them better by heart
             self._yielding.see(loss, teaching.loss)
         weight = self._yielding.weight(phase.distill_weight)
         shifted = type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -97,11 +117,8 @@ class ForwardPassMixin(JointHooks):
             self._replay.check(inputs)
         self._checked = True
 
-    def _keep(self, inputs: dict[str, Any], outputs: Any, loss: torch.Tensor, num_items: Any) -> None:
+    def _keep(self, inputs: dict[str, Any], teaching: Teaching | None, num_items: Any) -> None:
         """Keep the microbatch, and what the full network said to it, for the core updates that follow."""
-        teaching = None
-        if self.plan.core.distill_weight > 0:
-            teaching = self._teaching(inputs, outputs, loss)
         self._now().seen.microbatches.append(Microbatch(inputs, teaching))
         self._now().seen.num_items = num_items
 
@@ -117,11 +134,15 @@ class ForwardPassMixin(JointHooks):
         Not by `return_outputs=True`, for which some trainers (TRL's) make another forward pass.
         """
         caught: list[Any] = []
-        hook = model.register_forward_hook(lambda module, args, outputs: caught.append(outputs))
+        hooks = [model.register_forward_hook(lambda module, args, outputs: caught.append(outputs))]
+        if self.neftune_noise_alpha is not None and unwrap(model) is self.core_model:
+            # Trainer makes noisy the embeddings of the full network only
+            hooks.append(activate_neftune(self.core_model, self.neftune_noise_alpha))
         try:
             loss: Any = super().compute_loss(model, inputs, **kwargs)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         return loss, caught[-1] if caught else None
 
     def _logits(self, model: nn.Module, inputs: Any, outputs: Any) -> torch.Tensor:

@@ -6,14 +6,18 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer
 
-    from .apply import MaskedSteps
+    from .audit import Audit
     from .cores import Core
+    from .diagnostics import Coverage
     from .distillation import YieldingWeight
     from .forward_pass import ForwardPass, UpdateStep
+    from .masked_optimizer import MaskedSteps
     from .meters import LossMeter
     from .optimization import Stepper
     from .plan import Plan
     from .replay import ReplayBuffer
+    from .second_pass import SkippedSteps
+    from .types import Phase
 
     class JointHooks(Trainer):
         """A Trainer with the attributes of joint training; at run time the mixin's host class is the Trainer."""
@@ -33,16 +37,23 @@ if TYPE_CHECKING:
         _core_wrapped: nn.Module
         _masked_steps: list[MaskedSteps]
         _splits: set[int]
+        _first_ride: int | None
         _meter: LossMeter
         _replay: ReplayBuffer
         _yielding: YieldingWeight
         _checked: bool
+        _logged_scalars: dict[str, float]
+        _skipped: SkippedSteps
+        _audit: Audit | None
+        _coverage: Coverage
 
         def _the_core(self) -> Core: ...
 
         def _one_state(self) -> bool: ...
 
         def _now(self) -> UpdateStep: ...
+
+        def _trained(self, phase: Phase) -> dict[str, nn.Parameter]: ...
 
 else:
     JointHooks = object

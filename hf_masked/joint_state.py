@@ -1,12 +1,16 @@
 """What a checkpoint carries beyond Trainer's own files: `checkpoint-N/joint/`, safetensors and JSON.
 
-weights.safetensors     every tensor of the core; with coupling "shared" also the full network's, A, B and R apart
+weights.safetensors     every tensor of the core; where the export rewrites the full network, also that one's, apart
+core.json               what the core is: its configuration and what its tensors fit
 optimizer.safetensors   the core optimizer's state, where it has one of its own
 replay.safetensors      the replay buffer
 state.json              everything that is no tensor, and what the checkpoint was made with
 """
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .cores.base import Core, named_tensors
+from .cores import Core
 from .distillation import YieldingWeight
 from .loading import tensor_shapes
 from .meters import LossMeter
-from .replay import REPLAY_FILE, ReplayBuffer
+from .replay import REPLAY_FILE, REPLAY_NAME, ReplayBuffer
 
 FOLDER = "joint"
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -42,8 +46,8 @@ def save_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
     """Write every tensor that the export at the checkpoint's root does not hold exactly as it is trained."""
     folder = Path(checkpoint) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().contiguous().clone() for k, v in _weights(full, core).items()}, folder / _WEIGHTS)
-    made_with = {"core_config": core.config.to_dict(), "ranks": _ranks(core)}
+    save_file({k: v.detach().contiguous().clone() for k, v in core.tensors(full).items()}, folder / _WEIGHTS)
+    made_with = {"kind": core.config.kind, "core_config": core.config.to_dict(), "fingerprint": core.fingerprint()}
     (folder / "core.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
 
 
@@ -59,18 +63,18 @@ def check_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
             f"got the checkpoint {checkpoint}, which has no {FOLDER}/{_WEIGHTS}; needs one made with a core, because both "
             "networks resume from it; drop --core, or name another checkpoint"
         )
-    made_with = json.loads((folder / "core.json").read_text(encoding="utf-8"))
-    for what, mine, theirs in (
-        ("ranks", _ranks(core), made_with["ranks"]),
-        ("coupling", core.config.to_dict().get("coupling"), made_with["core_config"].get("coupling")),
-        ("private", core.config.to_dict().get("private"), made_with["core_config"].get("private")),
-    ):
-        if mine != theirs:
+    with reading(folder / "core.json"):
+        made_with = json.loads((folder / "core.json").read_text(encoding="utf-8"))
+        theirs = {"kind": made_with["kind"], **made_with["fingerprint"]}
+    mine = {"kind": core.config.kind, **json.loads(json.dumps(core.fingerprint()))}
+    for what in mine:
+        if mine[what] != theirs.get(what):
             raise ValueError(
-                f"got the checkpoint {checkpoint} of a core with {what} {_short(theirs)}; needs {_short(mine)}, because its "
-                "tensors would not fit; set --core_config as it was, or name another checkpoint"
+                f"got the checkpoint {checkpoint} of a core with {what} {_short(theirs.get(what))}; needs "
+                f"{_short(mine[what])}, because what was trained fits no other; start from the model and --core_config that "
+                "it was made with, or name another checkpoint"
             )
-    wanted = {name: tuple(tensor.shape) for name, tensor in _weights(full, core).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in core.tensors(full).items()}
     stored = stored_shapes(folder / _WEIGHTS)
     if wrong := sorted(name for name in set(wanted) | set(stored) if wanted.get(name) != stored.get(name)):
         raise ValueError(
@@ -92,14 +96,19 @@ def check_training(checkpoint: str | Path, own_optimizer: bool) -> None:
             f"got the checkpoint {checkpoint} without {FOLDER}/{_STATE}; needs it to resume the core's updates where they "
             "were; it was saved with --save_only_model, or is incomplete: name another checkpoint"
         )
-    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    with reading(folder / _STATE):
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        moments = state["optimizer"]["values"] if "optimizer" in state else {}
+        for name in ("scheduler", "meter", "yielding_weight"):
+            dict(state[name])
     if own_optimizer != ("optimizer" in state):
         raise ValueError(
             f"got the checkpoint {checkpoint} made with other --moments; needs the same, because its optimizer states "
             "would not fit; set --moments as it was"
         )
-    for name in (REPLAY_FILE, *((_OPTIMIZER,) if own_optimizer else ())):
-        stored_shapes(folder / name)
+    _check_names(folder / REPLAY_FILE, REPLAY_NAME)
+    if own_optimizer:
+        _check_names(folder / _OPTIMIZER, rf"({'|'.join(map(re.escape, moments))})\..+")
 
 
 def load_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
@@ -107,7 +116,7 @@ def load_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
     check_weights(full, core, checkpoint)
     stored = load_file(Path(checkpoint) / FOLDER / _WEIGHTS)
     with torch.no_grad():
-        for name, tensor in _weights(full, core).items():
+        for name, tensor in core.tensors(full).items():
             tensor.copy_(stored[name])
 
 
@@ -129,26 +138,16 @@ def load_training(checkpoint: str | Path, training: CoreTraining, device: torch.
     """Read what `save_training` wrote, in place; raises as `check_training`."""
     check_training(checkpoint, training.optimizer is not None)
     folder = Path(checkpoint) / FOLDER
-    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    training.scheduler.load_state_dict(state["scheduler"])
-    training.meter.load_state_dict(state["meter"], device)
-    training.yielding.load_state_dict(state["yielding_weight"], device)
+    with reading(folder / _STATE):
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        training.scheduler.load_state_dict(state["scheduler"])
+        training.meter.load_state_dict(state["meter"], device)
+        training.yielding.load_state_dict(state["yielding_weight"], device)
     if training.optimizer is not None:
-        training.optimizer.load_state_dict(_unflatten(load_file(folder / _OPTIMIZER), state["optimizer"]))
-    training.replay.load(folder)
-
-
-def _weights(full: nn.Module, core: Core) -> dict[str, torch.Tensor]:
-    """By name, each tensor once: all of the core's, and with coupling "shared" all of the full network's."""
-    named = {f"core.{name}": tensor for name, tensor in named_tensors(core.model).items()}
-    if core.config.coupling == "shared":
-        mine = {id(t) for t in named.values()}
-        named |= {f"full.{name}": t for name, t in named_tensors(full).items() if id(t) not in mine}
-    return named
-
-
-def _ranks(core: Core) -> dict[str, int]:
-    return {path: site.rank for path, site in core.sites.items()}
+        with reading(folder / _OPTIMIZER):
+            training.optimizer.load_state_dict(_unflatten(load_file(folder / _OPTIMIZER), state["optimizer"]))
+    with reading(folder / REPLAY_FILE):
+        training.replay.load(folder)
 
 
 def _short(value: object) -> str:
@@ -161,13 +160,42 @@ def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
     Raises: ValueError for a missing or damaged file.
     """
-    try:
+    with reading(file):
         return tensor_shapes(file)
-    except (OSError, SafetensorError) as error:
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is the fault of that file's content.
+
+    Raises: ValueError.
+    """
+    try:
+        yield
+    except (
+        OSError,
+        SafetensorError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(
-            f"got the unreadable file {file} ({error}); needs the safetensors that was saved there; it is missing, damaged "
-            "or cut off: name another checkpoint"
-        ) from None
+            f"got the unreadable file {file} ({type(error).__name__}: {error}); needs what was saved there; it is missing, "
+            "damaged or cut off: name another checkpoint"
+        ) from error
+
+
+def _check_names(file: Path, pattern: str) -> None:
+    """Refuse a file with tensors of other names, as one that was swapped with another."""
+    for name in stored_shapes(file):
+        if not re.fullmatch(pattern, name):
+            raise ValueError(
+                f"got the tensor {name!r} in {file}; needs names like {pattern}, because it would be read as something else; "
+                "the file is another one: name another checkpoint"
+            )
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

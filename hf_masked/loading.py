@@ -6,21 +6,22 @@ no quantized model, but that is the extension point for "the same class with oth
 casts, trains, saves and takes an adapter like any model.
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .cores.base import parent_and_name
 from .cores.linear import FactorizedLinear
+from .cores.modules import forget_ties, parent_and_name
 
 QUANT_METHOD = "hf_masked_low_rank"
 VERSION = 1
@@ -74,10 +75,11 @@ class LowRankLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        for path, rank in self.quantization_config.ranks.items():
-            local = _local_path(model, path)
-            if local is not None:
-                _replace(model, local, rank)
+        ranks = {_local_path(model, path): rank for path, rank in self.quantization_config.ranks.items()}
+        factorised = {path: rank for path, rank in ranks.items() if path is not None}
+        for path, rank in factorised.items():
+            _replace(model, path, rank)
+        forget_ties(model, factorised)
         if checkpoint_files:
             _check_files(model, checkpoint_files)
 
@@ -127,9 +129,17 @@ def _check_files(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
 
     Names are compared by their end and shape only, since transformers stores some architectures under older names.
     """
-    stored: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    shapes: list[tuple[str, tuple[int, ...]]] = []
     for file in checkpoint_files:
-        stored.update((_end(name), shape) for name, shape in tensor_shapes(file).items())
+        try:
+            shapes += tensor_shapes(file).items()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"got the unreadable file {file} ({error}); needs the safetensors that was saved there, because it is missing, "
+                "damaged or cut off; export it again"
+            ) from None
+    stored = Counter((_end(name), shape) for name, shape in shapes)
+    _check_count(model, sum(math.prod(shape) for _, shape in shapes))
     factors = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
     wanted = Counter((_end(f"{n}.weight"), tuple(getattr(m, n).weight.shape)) for m in factors for n in ("A", "B"))
     if missing := wanted - stored:
@@ -138,6 +148,19 @@ def _check_files(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
             f"got {stored[end, shape]} tensors ...{end} of shape {shape} in the core's files; needs "
             f"{stored[end, shape] + count}, because its config gives so many layers that rank; the files are of another "
             "core, or incomplete: export it again"
+        )
+
+
+def _check_count(model: PreTrainedModel, stored: int) -> None:
+    """As many entries as the class that was saved has, for the same reason, whatever transformers calls them on disk."""
+    if type(model).__name__ not in (getattr(model.config, "architectures", None) or []):
+        return  # another head, or none: transformers says which of its weights are new
+    elsewhere = {*getattr(model, "all_tied_weights_keys", ()), *(model._keys_to_ignore_on_save or ())}
+    wanted = sum(tensor.numel() for name, tensor in model.state_dict().items() if name not in elsewhere)
+    if stored < wanted:
+        raise ValueError(
+            f"got {stored} entries in the core's files; needs {wanted}, because that is what its config describes; the files "
+            "are incomplete, or of another core: export it again"
         )
 
 

@@ -25,18 +25,9 @@ class LossMeter:
         self.mixed = True
 
     def read(self) -> dict[str, float]:
-        """The means by name, and `phase`: which networks were trained; the meter starts anew.
-
-        Raises: FloatingPointError where the core's loss is no longer finite.
-        """
+        """The means by name; the meter starts anew."""
         means = {name: float(total) / max(self._counts[name], 1e-9) for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
-        if "loss_core" in means and not means["loss_core"] - means["loss_core"] == 0:
-            raise FloatingPointError(
-                f"got a core loss of {means['loss_core']} since the last log row; needs finite numbers, because every further "
-                "core update would be lost; what was saved is untouched: lower --core_learning_rate_scale or "
-                "--learning_rate, and resume from the last checkpoint"
-            )
         return means
 
     def smooth_loss(self, means: dict[str, float]) -> float | None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from .cores import get_core
 from .summary import core_summary
 
 _CORE_SPEED = ("- Core Runtime:", "- Core Samples Per Second:", "- Core Steps Per Second:")
@@ -19,7 +20,7 @@ def add_core_section(card: Path, model: Any, log_history: list[dict[str, Any]], 
 
 def core_section(model: Any, log_history: list[dict[str, Any]], repo_id: str | None) -> str:
     """The section as Markdown."""
-    summary = core_summary(model)
+    core, summary = get_core(model), core_summary(model)
     scores = paired_scores(log_history)
     rows = [
         "| | full | core |",
@@ -35,7 +36,7 @@ def core_section(model: Any, log_history: list[dict[str, Any]], repo_id: str | N
         [
             "## Two models in one repository",
             "",
-            "The root holds the full model; `core/` holds the small model that was trained inside it.",
+            f"The root holds the full model; `{core.folder}/` holds the small model that was trained inside it.",
             "",
             *rows,
             "",
@@ -44,9 +45,7 @@ def core_section(model: Any, log_history: list[dict[str, Any]], repo_id: str | N
             "",
             f'full = {type(model).__name__}.from_pretrained("{where}")  # stock Transformers',
             "",
-            "import hf_masked  # the core's linear layers are factorised; this teaches Transformers to load them",
-            "",
-            f'core = {type(model).__name__}.from_pretrained("{where}", subfolder="core")',
+            *core.loading_lines(type(model).__name__, where),
             "```",
             "",
         ]

@@ -93,25 +93,32 @@ def split_steps(config: Any, schedule: Schedule, max_steps: int) -> set[int]:
     return steps | (set(range(config.split_every, max_steps, config.split_every)) if config.split_every else set())
 
 
-def refuse_unsupported(trainer: Any) -> None:
-    """Refuse, before any training, what joint training would do wrongly.
+def refuse_unsupported(trainer: Any, what: str) -> None:
+    """Refuse, before any training, what `what` ("a core", or "a method" where there is none) would do wrongly.
 
     Raises: ValueError.
     """
     args = trainer.args
     curve = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     reasons = {
-        "FSDP": (trainer.is_fsdp_enabled or bool(args.fsdp), "it would shard the full network without its core"),
-        "DeepSpeed": (trainer.is_deepspeed_enabled, "its engine steps one network only"),
-        "DataParallel": (args.n_gpu > 1, "its replicas have no core; use torchrun or accelerate launch"),
-        "model parallelism": (trainer.is_model_parallel, "the core would lie on one device"),
-        f"--lr_scheduler_type {curve}": (
-            curve in ("reduce_lr_on_plateau", "greedy"),
-            "it follows one metric, and the core has another",
+        "FSDP": (trainer.is_fsdp_enabled or bool(args.fsdp), "it shards what has to be known as a whole"),
+        "DeepSpeed": (trainer.is_deepspeed_enabled, "its engine makes the steps, of one network only"),
+        "DataParallel": (args.n_gpu > 1, "its replicas see one network only; use torchrun or accelerate launch"),
+        "--enable_jit_checkpoint and several processes": (
+            getattr(args, "enable_jit_checkpoint", False) and args.world_size > 1,
+            "each would stop and save at an update step of its own",
         ),
     }
-    for what, (applies, reason) in reasons.items():
+    if what == "a core":
+        reasons |= {
+            "model parallelism": (trainer.is_model_parallel, "the core would lie on one device"),
+            f"--lr_scheduler_type {curve}": (
+                curve in ("reduce_lr_on_plateau", "greedy"),
+                "it follows one metric, and the core has another",
+            ),
+        }
+    for other, (applies, reason) in reasons.items():
         if applies:
             raise ValueError(
-                f"got a core with {what}; needs a run without, because {reason}; drop --core or that option"
+                f"got {what} with {other}; needs a run without, because {reason}; drop --{what[2:]} or that option"
             )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from .schedules import CoreOnly, FullOnly
-from .types import Network, Phase, Schedule, StepInfo
+from .types import Mask, Network, Phase, Schedule, StepInfo
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Plan:
         wanted = {network, "sum"}
         return sum(len([n for n in self.schedule(StepInfo(t, max_steps, seed)) if n in wanted]) for t in range(until))
 
+    def first_ride(self, max_steps: int, seed: int) -> int | None:
+        """The first update step that core updates follow, or None."""
+        steps = range(max_steps)
+        return next((t for t in steps if len(self.schedule(StepInfo(t, max_steps, seed))) > 1), None)
+
     def validate(self, max_steps: int, seed: int) -> None:
         """Refuse a plan that cannot do what it says.
 
@@ -70,3 +75,18 @@ class Plan:
             f"got the schedule {self.schedule} for {max_steps} update steps; needs one that trains the {network} network "
             f"at least once, because joint training is of both; change its steps, or set --schedule {name}"
         )
+
+
+def within_core(plan: Plan, inside: Mask | None) -> Plan:
+    """The plan whose core updates move only what is inside of the core, where that is part of the full network's tensors.
+
+    Raises: ValueError where the plan masks core updates already.
+    """
+    if inside is None:
+        return plan
+    if plan.core.update_mask is not None:
+        raise ValueError(
+            "got an update_mask of core updates with a core that is part of the full network's tensors; needs none, because "
+            "the core's own mask says what they may move; set coupling='free' in --core_config, or drop that update_mask"
+        )
+    return replace(plan, core=replace(plan.core, update_mask=inside))

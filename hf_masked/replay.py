@@ -1,4 +1,7 @@
-"""The replay buffer: the last n batches of the full updates, with the logits that those computed anyway."""
+"""The replay buffer: the last n batches of the full updates, with the logits that those computed anyway.
+
+Batches from before the core starts are kept as well, without logits: the core has not seen them, and they cost nothing.
+"""
 
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -13,6 +16,8 @@ from .distillation import Teaching
 from .types import StepInfo
 
 REPLAY_FILE = "replay.safetensors"
+# what its tensors are called, as a regular expression
+REPLAY_NAME = r"uses|\d+\.(num_items|\d+\.(inputs|teaching)\..+)"
 
 
 @dataclass
@@ -50,13 +55,14 @@ class Batch:
 
 
 class ReplayBuffer:
-    """The last `capacity` batches, in main memory.
+    """The last `capacity` batches, in main memory, and how often the core has learned from each.
 
     Args: `capacity` >= 0 batches; 0 keeps none.
     """
 
     def __init__(self, capacity: int):
         self.batches: deque[Batch] = deque(maxlen=capacity)
+        self._uses: deque[int] = deque(maxlen=capacity)
 
     def check(self, inputs: Mapping[str, Any]) -> None:
         """Refuse inputs that no checkpoint could carry.
@@ -64,20 +70,32 @@ class ReplayBuffer:
         Raises: TypeError for an input that is no tensor.
         """
         for name, value in inputs.items():
-            if self.batches.maxlen and not isinstance(value, torch.Tensor):
+            if self.capacity and not isinstance(value, torch.Tensor):
                 raise TypeError(
                     f"got the input {name!r} of type {type(value).__name__}; needs tensors, because checkpoints carry "
                     "the replay buffer as safetensors; set --distill_buffer 0"
                 )
 
-    def add(self, batch: Batch) -> None:
-        """Append a batch, dropping the oldest one of a full buffer."""
+    def add(self, batch: Batch, uses: int = 0) -> None:
+        """Append a batch that the core has learned from `uses` times, dropping the oldest one of a full buffer."""
         self.batches.append(batch.to("cpu"))
+        self._uses.append(uses)
 
     def draw(self, info: StepInfo) -> Batch:
-        """One batch, uniformly; the draw depends on (seed, step, update) alone."""
-        index = torch.randint(len(self.batches), (), generator=info.generator("replay")).item()
-        return self.batches[int(index)]
+        """One of the batches that the core has learned from least often, since repeated ones teach it less.
+
+        Uniformly among them; the draw depends on (seed, step, update) and on what was drawn before.
+        """
+        least = min(self._uses)
+        candidates = [index for index, uses in enumerate(self._uses) if uses == least]
+        drawn = candidates[int(torch.randint(len(candidates), (), generator=info.generator("replay")))]
+        self._uses[drawn] += 1
+        return self.batches[drawn]
+
+    @property
+    def capacity(self) -> int:
+        """How many batches it keeps at most."""
+        return self.batches.maxlen or 0
 
     @property
     def bytes(self) -> int:
@@ -87,14 +105,17 @@ class ReplayBuffer:
     def save(self, folder: Path) -> None:
         """Write all batches as one safetensors file."""
         named = {f"{n}.{k}": t for n, batch in enumerate(self.batches) for k, t in batch.tensors().items()}
+        named["uses"] = torch.tensor(self._uses)
         save_file({k: t.contiguous().clone() for k, t in named.items()}, folder / REPLAY_FILE)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
         named = load_file(folder / REPLAY_FILE)
+        uses = named.pop("uses").tolist()
         self.batches.clear()
-        for batch in _grouped(named.items()):
-            self.batches.append(_batch(batch))
+        self._uses.clear()
+        for batch, count in zip(_grouped(named.items()), uses, strict=True):
+            self.add(_batch(batch), count)
 
 
 def _grouped(named: Iterable[tuple[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:

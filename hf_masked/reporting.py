@@ -9,6 +9,7 @@ from .cores import get_core
 from .hooks import JointHooks
 from .randomness import own_random_stream
 from .types import StepInfo
+from .values import scalars
 
 
 class JointReportingMixin(JointHooks):
@@ -85,7 +86,24 @@ class JointReportingMixin(JointHooks):
             self._split_runtime(logs)
             if "loss" in logs:
                 self._add_both_losses(logs)
+        if self._trains_slots and "loss" in logs:
+            self._add_scalars(logs)
+        if self._skipped.total and "loss" in logs:
+            logs["skipped_steps"] = self._skipped.total
         super().log(logs, start_time)
+
+    def _add_scalars(self, logs: dict[str, Any]) -> None:
+        """The scalars of the method that have changed since they were last logged, by this run or the one it resumes."""
+        info = StepInfo(max(0, self.state.global_step - 1), self.state.max_steps, getattr(self.args, "mask_seed", 0))
+        now: dict[str, float] = {}
+        for phase, prefix in ((self.plan.full, "method_"), (self.plan.core, "method_core_")):
+            for rule in (phase.perturbation, phase.grad_mask, phase.update_mask, phase.backward):
+                now |= {prefix + name: value(info) for name, value in scalars(rule).items()}
+        if not self._logged_scalars:
+            for row in self.state.log_history:
+                self._logged_scalars |= {name: row[name] for name in now if name in row}
+        logs.update({name: value for name, value in now.items() if self._logged_scalars.get(name) != value})
+        self._logged_scalars |= now
 
     def _add_both_losses(self, logs: dict[str, Any]) -> None:
         mixed = self._meter.mixed

@@ -1,20 +1,20 @@
 """Checkpoints, exports and the Hub: every folder that is written holds the stock full model and `core/` beside it."""
 
-import json
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
-from . import joint_state
+from . import joint_state, method_state
+from .checkpoints import clear_aside, folder_aside, last_complete_checkpoint, publish, withdraw
 from .cores import get_core
 from .export import export
+from .full_state import load_full
 from .hooks import JointHooks
 from .model_card import add_core_section
 
-logger = logging.getLogger(__name__)
 # what a pushed folder leaves out: what only resuming needs
 _NOT_A_PRODUCT = ["_*", ".export-*", "checkpoint-*", "joint/*", "*.pt", "*.pth", "*.bin"]
 
@@ -23,6 +23,8 @@ class JointSavingMixin(JointHooks):
     """The saving and loading half of `MaskedTrainerMixin`."""
 
     _in_checkpoint = False
+    _between_steps = False
+    _stopping = False
 
     # ---- saving ----
 
@@ -41,15 +43,65 @@ class JointSavingMixin(JointHooks):
     def _processing_class(self) -> Any:
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return str(folder_aside(run_dir)) if self._in_checkpoint else run_dir
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Trainer's own save, made aside; the checkpoint gets its name, and older ones go, once it is whole."""
+        run_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if not self._between_steps and withdraw(run_dir, name):
+            # SIGTERM came inside an update step, from where no run resumes exactly: save and stop at its end
+            self._stopping, self.control.should_training_stop = True, False
+            return
+        if self.args.should_save:
+            clear_aside(run_dir)
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
         self._in_checkpoint = True
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(model, trial)
+            self._name_best(folder_aside(run_dir) / name, Path(run_dir, name))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self.state.best_model_checkpoint = best
+            if self.args.should_save:
+                clear_aside(run_dir)
+            raise OSError(
+                f"got {type(error).__name__}: {error} while saving {name} in {run_dir}; needs space and the right to write "
+                "there, because a checkpoint counts only when all of it is saved; what was saved before is untouched: make "
+                "room and resume from it, or set --output_dir or --save_total_limit"
+            ) from error
         finally:
             self._in_checkpoint = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish(run_dir, name)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(Path(run_dir, name)))
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._between_steps = True
+        self.control.should_save |= self._stopping
+        self.control.should_training_stop |= self._stopping
+        self._stopping = False
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._between_steps = False
+
+    def _name_best(self, written: Path, place: Path) -> None:
+        """Trainer noted the best checkpoint where it was written; from now on it is where it will stand."""
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(place)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self._trains_slots and self.args.should_save:
+            method_state.save(self.plan, output_dir, self._method())
         if self._joint and self.args.should_save:
             joint_state.save_training(output_dir, self._core_training())
 
@@ -57,12 +109,25 @@ class JointSavingMixin(JointHooks):
         optimizer = None if self._one_state() else self._core.optimizer
         return joint_state.CoreTraining(optimizer, self._core.scheduler, self._replay, self._meter, self._yielding)
 
+    def _method(self) -> str:
+        return getattr(self.args, "method", None) or "a plan of its own"
+
     # ---- loading ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True and self._joint:
-            resume_from_checkpoint = _last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            if self.args.should_save:
+                clear_aside(self.args.output_dir)
+            self.accelerator.wait_for_everyone()
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._joint and self.state.global_step >= self.state.max_steps:
+            # resumed from its last checkpoint, plain Trainer would make one update more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._joint:
@@ -70,8 +135,8 @@ class JointSavingMixin(JointHooks):
         core = get_core(self.model)
         joint_state.check_weights(self.model, core, resume_from_checkpoint)
         joint_state.check_training(resume_from_checkpoint, own_optimizer=not self._one_state())
-        if core.config.coupling == "free":
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if core.full_is_plain:
+            load_full(self.model, resume_from_checkpoint)
         joint_state.load_weights(self.model, core, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -79,12 +144,14 @@ class JointSavingMixin(JointHooks):
             return super()._load_best_model()
         best = str(self.state.best_model_checkpoint)
         core = get_core(self.model)
-        if core.config.coupling == "free":
-            super()._load_best_model()
+        if core.full_is_plain:
+            load_full(self.model, best)
         joint_state.load_weights(self.model, core, best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if self._trains_slots:
+            method_state.load(self.plan, checkpoint, self._method())
         if self._joint and checkpoint is not None:
             joint_state.load_training(checkpoint, self._core_training(), self.args.device)
 
@@ -99,6 +166,8 @@ class JointSavingMixin(JointHooks):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """A checkpoint is an export already: push what of it is a product, straight from where it lies."""
+        if self._in_checkpoint:
+            return  # it is pushed once it has its name
         if not self._joint:
             return super()._push_from_checkpoint(checkpoint_folder)
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -116,21 +185,3 @@ class JointSavingMixin(JointHooks):
             path = "last-checkpoint" if last else Path(checkpoint_folder).name
             api.upload_folder(folder_path=checkpoint_folder, path_in_repo=path, commit_message=f"{message}, checkpoint",
                               **where)  # fmt: skip
-
-
-def _last_complete_checkpoint(output_dir: str) -> str | bool:
-    """The newest checkpoint whose trainer_state.json, which is written last, is there and whole."""
-    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-    if last is None:
-        return True
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.partition("-")[2].isdigit()]
-    for folder in sorted(folders, key=lambda p: int(p.name.partition("-")[2]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(folder)
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s was not saved to its end; resuming from the one before it", folder)
-    raise ValueError(
-        f"got no complete checkpoint in {output_dir}; needs one with its trainer_state.json; start without "
-        "--resume_from_checkpoint"
-    )

@@ -14,10 +14,14 @@ from .types import Network, Schedule, StepInfo
 def resolve_step(value: int | float, max_steps: int) -> int:
     """An update step given as an int, or as a fraction in [0, 1] (a float) of `max_steps`.
 
-    >>> resolve_step(0.5, 100), resolve_step(30, 100)
-    (50, 30)
+    A fraction below 1 leaves at least the last step, however short the run.
+
+    >>> resolve_step(0.5, 100), resolve_step(30, 100), resolve_step(0.75, 2)
+    (50, 30, 1)
     """
-    return round(value * max_steps) if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return min(round(value * max_steps), max_steps - 1) if value < 1 else max_steps
 
 
 def _check(condition: bool, schedule: str, option: str, value: object, rule: str, reason: str) -> None:
@@ -53,20 +57,20 @@ class RideAlong:
     """Every step is one ordinary full update; from `start` on, `core_updates` core updates on average follow it.
 
     Args:
-        core_updates: k >= 0 core updates per full update, fractions spread evenly.
+        core_updates: k in [0, 1000] core updates per full update, fractions spread evenly.
         start: first update step with core updates, an int or a fraction of the run; the core is split there.
 
     >>> [RideAlong(1.5, start=2)(StepInfo(t, 4))[1:] for t in range(4)]
     [(), (), ('core',), ('core', 'core')]
     """
 
-    core_updates: float = 4.0
-    start: int | float = 0.5
+    core_updates: float = 6.0
+    start: int | float = 0.75
 
     def __post_init__(self) -> None:
         number = isinstance(self.core_updates, int | float) and not isinstance(self.core_updates, bool)
-        _check(number and 0 <= self.core_updates < math.inf, "ride_along", "core_updates", self.core_updates,
-               "a number >= 0", "it counts core updates per full update")  # fmt: skip
+        _check(number and 0 <= self.core_updates <= 1000, "ride_along", "core_updates", self.core_updates,
+               "a number in [0, 1000]", "it counts core updates per full update")  # fmt: skip
         _check_step("ride_along", "start", self.start)
 
     def __call__(self, info: StepInfo) -> tuple[Network, ...]:
@@ -107,7 +111,8 @@ class Random(NoSplit):
     probability: float = 0.5
 
     def __post_init__(self) -> None:
-        _check(0 < self.probability < 1, "random", "probability", self.probability, "a number in (0, 1)",
+        number = isinstance(self.probability, int | float) and not isinstance(self.probability, bool)
+        _check(number and 0 < self.probability < 1, "random", "probability", self.probability, "a number in (0, 1)",
                "both networks have to be trained")  # fmt: skip
 
     def __call__(self, info: StepInfo) -> tuple[Network, ...]:
@@ -195,9 +200,11 @@ def make_schedule(spec: dict[str, Any] | str | None) -> Schedule:
             spec = json.loads(spec) if spec.lstrip().startswith("{") else {"name": spec}
         except json.JSONDecodeError as error:
             raise ValueError(f"got --schedule {spec!r}; needs a name or valid JSON, because {error}") from None
-    options = dict(spec or {})
+    if not isinstance(spec, dict):
+        raise ValueError(f"got schedule {spec!r}; needs a name or a JSON object with one; set --schedule")
+    options = dict(spec)
     name = options.pop("name", None)
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(f"got schedule {name!r}; needs one of {sorted(SCHEDULES)}; set --schedule")
     known = {field.name for field in dataclasses.fields(SCHEDULES[name])}
     if unknown := set(options) - known:

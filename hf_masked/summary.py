@@ -1,13 +1,15 @@
 """Sizes of both networks: parameters, bytes, operations per token."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .cores.base import get_core, numel, unwrap
-from .cores.linear import FactorizedLinear, MergedLinear
+from .cores import MergedLinear, get_core
+from .cores.modules import numel, unwrap
 
 
 @dataclass(frozen=True)
@@ -47,26 +49,29 @@ def core_summary(model: PreTrainedModel) -> CoreSummary:
     """
     full = unwrap(model)
     core = get_core(full)
-    remainders = [m for m in full.modules() if isinstance(m, MergedLinear)]
     # the full network that is exported holds W alone, not its parts
-    parts = {id(p) for m in remainders for p in (m.A, m.B)}
-    return CoreSummary(network_size(full, leave_out=parts), network_size(core.model))
+    parts = {id(p) for m in full.modules() if isinstance(m, MergedLinear) for p in (m.A, m.B)}
+    of_full = [p for p in full.parameters() if id(p) not in parts]
+    return CoreSummary(_size(of_full, full), _size(core.weights(), core.model))
 
 
-def network_size(model: nn.Module, leave_out: set[int] | None = None) -> NetworkSize:
-    """Size of one network; parameters whose id is in `leave_out` are not counted."""
-    counted = {id(p): p for p in model.parameters() if id(p) not in (leave_out or set())}.values()
-    return NetworkSize(numel(counted), sum(p.numel() * p.element_size() for p in counted), _flops_per_token(model))
+def network_size(model: nn.Module) -> NetworkSize:
+    """Size of one network."""
+    return _size(model.parameters(), model)
 
 
-def _flops_per_token(model: nn.Module) -> int:
-    flops = 0
-    factors = {id(part) for m in model.modules() if isinstance(m, FactorizedLinear) for part in (m.A, m.B)}
-    for module in model.modules():
-        if isinstance(module, FactorizedLinear):
-            flops += 2 * module.rank * (module.in_features + module.out_features)
-        elif isinstance(module, MergedLinear):
-            flops += 2 * module.in_features * module.out_features
-        elif isinstance(module, nn.Linear | Conv1D) and id(module) not in factors:
-            flops += 2 * module.weight.numel()
-    return flops
+def _size(weights: Iterable[torch.Tensor], network: nn.Module) -> NetworkSize:
+    counted = {id(w): w for w in weights}.values()
+    return NetworkSize(numel(counted), sum(w.numel() * w.element_size() for w in counted), _flops(network))
+
+
+def _flops(module: nn.Module) -> int:
+    """Operations per token of the linear layers; a layer that knows its own number says it.
+
+    PEFT keeps the original of a module that an adapter saves, and does not run it.
+    """
+    if isinstance(own := getattr(module, "flops_per_token", None), int):
+        return own
+    if isinstance(module, nn.Linear | Conv1D):
+        return 2 * module.weight.numel()
+    return sum(_flops(child) for name, child in module.named_children() if name != "original_module")

@@ -4,6 +4,7 @@ Here: what is made before the first step. `update_step.py` makes the steps, `rep
 networks, `saving.py` saves, resumes and pushes them.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,16 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_callback import ProgressCallback
 
-from .apply import MaskedSteps
 from .arguments import MaskedArgumentsMixin
+from .audit import Audit
 from .cores import Core, add_core, get_core, has_core
+from .diagnostics import Coverage
+from .diagnostics_report import DiagnosticsReport
 from .distillation import YieldingWeight
 from .export import check_writable
+from .masked_optimizer import MaskedSteps
 from .meters import JointProgressCallback, LossMeter
+from .methods.checks import refuse_meaningless
 from .optimization import (
     Stepper,
     add_core_parameters,
@@ -26,11 +31,12 @@ from .optimization import (
     split_steps,
     updates_of,
 )
-from .plan import Plan
+from .plan import Plan, within_core
 from .replay import ReplayBuffer
 from .reporting import JointReportingMixin
 from .saving import JointSavingMixin
 from .schedules import FullOnly, Sum
+from .second_pass import SkippedSteps, refuse_phases
 from .types import Network, StepInfo
 from .update_step import UpdateStepMixin
 
@@ -54,8 +60,14 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._pass = None
         self._masked_steps = []
         self._splits = set()
+        self._first_ride = None
+        self._coverage = Coverage()
         self._begin_run(buffer=0)
         self._give_core(plan)
+        self._audit = Audit() if getattr(args, "audit", False) else None
+        if getattr(args, "diagnostics_steps", 0):
+            self.add_callback(DiagnosticsReport(self._coverage))
+        refuse_phases(self, (self.plan.full, self.plan.core))
 
     def _begin_run(self, buffer: int) -> None:
         """Forget what an earlier run has seen; keep `buffer` batches of the coming one."""
@@ -64,6 +76,8 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._replay = ReplayBuffer(buffer)
         self._yielding = YieldingWeight()
         self._checked = False
+        self._logged_scalars = {}
+        self._skipped = SkippedSteps()
 
     # ---- construction ----
 
@@ -72,9 +86,15 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         if getattr(args, "core", None) and not has_core(self.model):
             add_core(self.model, args.make_core_config())
         if not has_core(self.model):
-            self._trains_slots = plan is not None
+            if plan is None and getattr(args, "method", None):
+                plan = replace(args.make_plan(), schedule=FullOnly())
+            watched = getattr(args, "diagnostics_steps", 0) or getattr(args, "audit", False)
+            self._trains_slots = plan is not None or bool(watched)
             self.plan = plan or Plan(FullOnly())
             self._refuse_core_phases()
+            if self.plan.full.has_slots:
+                refuse_unsupported(self, "a method")
+                refuse_meaningless(self.plan.full, self._trained(self.plan.full), args)
             return
         if not isinstance(args, MaskedArgumentsMixin):
             raise TypeError(
@@ -82,18 +102,21 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
                 "class that mixes in MaskedArgumentsMixin, because the schedule is set there"
             )
         self._trains_slots = True
-        self.plan = plan or args.make_plan()
-        refuse_unsupported(self)
+        self.plan = within_core(plan or args.make_plan(), self._the_core().update_mask())
+        refuse_unsupported(self, "a core")
+        for phase in (self.plan.full, self.plan.core):
+            refuse_meaningless(phase, self._trained(phase), args)
         if self.args.max_steps > 0:
             self.plan.validate(self.args.max_steps, args.mask_seed)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(JointProgressCallback)
 
     def _refuse_core_phases(self) -> None:
-        if any(phase.network != "full" for t in range(8) for phase in self.plan.phases(StepInfo(t, 8))):
+        trains_core = any(phase.network != "full" for t in range(8) for phase in self.plan.phases(StepInfo(t, 8)))
+        if trains_core or self.plan.core.has_slots:
             raise ValueError(
-                "got a plan= that trains a core for a model without one; needs a core; call add_core(model, "
-                "LowRankCoreConfig(...)) first, or set --core low_rank"
+                "got a plan= that trains a core for a model without one, or a method with apply_to core; needs a core; call "
+                "add_core(model, LowRankCoreConfig(...)) first, or set --core low_rank"
             )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -160,6 +183,7 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._mask_steps_of(self.optimizer, optimizer)
         self._full.take_rates()
         self._begin_run(buffer=self.args.distill_buffer)
+        self._first_ride = self.plan.first_ride(max_steps, self.args.mask_seed)
         self._splits = split_steps(core.config, self.plan.schedule, max_steps)
 
     def _mask_steps_of(self, *optimizers: Any) -> None:
@@ -175,6 +199,9 @@ def _mirror_checkpointing(full: nn.Module, core: nn.Module) -> None:
         for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
             if path in mine and name in vars(module):
                 setattr(mine[path], name, vars(module)[name])
+    if getattr(full, "_require_grads_hooks", None):
+        # reentrant checkpointing drops the gradient of a block whose input needs none, as above a frozen embedding
+        core.enable_input_require_grads()  # type: ignore[operator]
 
 
 class MaskedTrainer(MaskedTrainerMixin, Trainer):

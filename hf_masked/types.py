@@ -12,13 +12,17 @@ AISTATS 2022. A stateful optimizer splits p in two: `grad_mask` multiplies the g
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
+from torch import nn
 
 Network = Literal["full", "core", "sum"]
 NETWORKS: tuple[Network, ...] = ("full", "core", "sum")
+StatePolicy = Literal["freeze", "decay", "reset"]
+STATE_POLICIES: tuple[StatePolicy, ...] = ("freeze", "decay", "reset")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class StepInfo:
         max_steps: number of update steps of the whole run.
         seed: `mask_seed` of the run.
         update: 0 for the update made on the trainer's own batch, 1, 2, ... for the core updates that ride along.
+        learning_rate: of this update's first parameter group, for perturbations; None where it is not known.
 
     >>> StepInfo(step=3, max_steps=10, seed=0).random_seed("grad_mask", "lm_head.weight")
     48511680502227794
@@ -39,6 +44,7 @@ class StepInfo:
     max_steps: int
     seed: int = 0
     update: int = 0
+    learning_rate: float | None = None
 
     def random_seed(self, *names: str) -> int:
         """A seed that depends on (seed, step, update, names) alone, so a resumed run draws what it would have drawn."""
@@ -62,16 +68,63 @@ class Perturbation(Protocol):
     ) -> Mapping[str, torch.Tensor]: ...  # pragma: no cover
 
 
+class GradientPerturbation(Protocol):
+    """dx[t] that depends on the gradient at x, which costs one more forward and backward per microbatch.
+
+    Has the attribute `needs_gradient = True`, and `fresh_batch = True` where that gradient is to be of examples drawn
+    anew. Args: `gradients`, name -> gradient of the microbatch's loss at x, to be written to where that saves memory;
+    a parameter that the loss does not reach is left out.
+    """
+
+    needs_gradient: bool
+
+    def __call__(
+        self, info: StepInfo, parameters: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]: ...  # pragma: no cover
+
+
 class Mask(Protocol):
     """p[t]: maps the gradients to what is kept of them.
 
     Args: `gradients`, name -> tensor (after reduction over microbatches). Returns name -> bool tensor that broadcasts
     to the gradient's shape (True = kept, trained), or a plain bool for a whole tensor; a name left out is kept.
+
+    What a rule may have besides, each looked for by name:
+
+    whole_tensors = True: it looks at names alone and answers with plain bools, so it is asked before the forward pass
+        (with parameters in place of gradients), and nothing is differentiated that it leaves out.
+    needs_parameters = True: it is called as rule(info, gradients, parameters), a `ParameterMask`.
+    error: a dict of tensors by name; added to the gradients before it is asked, and set to what its mask left out.
+    support(info, parameters) -> masks: asked before the forward pass; entries with False are set to zero there. Empty
+        where nothing has changed since the last answer.
+    rates(info, names) -> name -> factor: of the learning rate in this update; a name left out has 1.
+    state_dict() -> tensors by name, load_state_dict(tensors): kept in checkpoints; an empty dict begins anew.
+
+    One object in both mask slots is asked once per update.
     """
 
     def __call__(
         self, info: StepInfo, gradients: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor | bool]: ...  # pragma: no cover
+
+
+class ParameterMask(Protocol):
+    """A mask that looks at the parameters too; it says so by `needs_parameters = True`."""
+
+    needs_parameters: ClassVar[bool]
+
+    def __call__(
+        self, info: StepInfo, gradients: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor | bool]: ...  # pragma: no cover
+
+
+class Backward(Protocol):
+    """How gradients are computed: a context around forward and backward of each microbatch of `network`.
+
+    It leaves parameters, gradients and the outputs of `network` alone.
+    """
+
+    def __call__(self, info: StepInfo, network: nn.Module) -> AbstractContextManager[None]: ...  # pragma: no cover
 
 
 class Schedule(Protocol):
@@ -94,15 +147,22 @@ class Phase:
     Args:
         network: "full", "core", or "sum" (the gradients of both losses in one update).
         perturbation, grad_mask, update_mask: the slots; None means dx = 0, p = 1.
+        backward: how gradients are computed; None means exactly.
+        state_policy: what becomes of the optimizer state of entries that `update_mask` holds still: "freeze" leaves it,
+            "decay" updates it with a zero gradient, "reset" sets it to zero.
+        offload_state: optimizer state of tensors that are held still as a whole lies in main memory.
         loss_weight: factor of the core's loss, > 0.
         distill_weight: w in [0, 1] of  (1 - w) label loss + w divergence from the full network's logits.
         distill_temperature: T > 0 of that divergence.
     """
 
     network: Network
-    perturbation: Perturbation | None = None
-    grad_mask: Mask | None = None
-    update_mask: Mask | None = None
+    perturbation: Perturbation | GradientPerturbation | None = None
+    grad_mask: Mask | ParameterMask | None = None
+    update_mask: Mask | ParameterMask | None = None
+    backward: Backward | None = None
+    state_policy: StatePolicy = "freeze"
+    offload_state: bool = False
     loss_weight: float = 1.0
     distill_weight: float = 0.0
     distill_temperature: float = 1.0
@@ -110,6 +170,10 @@ class Phase:
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
             raise ValueError(f"got network={self.network!r}; needs one of {NETWORKS}")
+        if self.state_policy not in STATE_POLICIES:
+            raise ValueError(
+                f"got state_policy={self.state_policy!r}; needs one of {STATE_POLICIES}; set it in --method_config"
+            )
         if not self.loss_weight > 0:
             raise ValueError(
                 f"got core_loss_weight={self.loss_weight}; needs a number > 0, because a core step without a loss "
@@ -128,5 +192,6 @@ class Phase:
 
     @property
     def has_slots(self) -> bool:
-        """Whether any of the three slots is filled."""
-        return not (self.perturbation is None and self.grad_mask is None and self.update_mask is None)
+        """Whether anything of it is not plain training."""
+        slots = (self.perturbation, self.grad_mask, self.update_mask, self.backward)
+        return any(slot is not None for slot in slots)

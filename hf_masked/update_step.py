@@ -1,7 +1,7 @@
 """One update step of joint training: whose forward and backward run, what the core learns from, what moves.
 
 StepInfo(t, seed) -> schedule -> phases: the first on Trainer's own batch, core updates riding along after it
-per microbatch: [perturb] forward, backward [restore]
+per microbatch: [first pass, for a perturbation that needs a gradient] [perturb] forward, backward [restore]
 after reduction: grad_mask -> clip -> optimizer step under update_mask
 """
 
@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .apply import evaluate_mask, mask_gradients, perturbed
+from .apply import hold_still, mask_update, release, zero_outside
 from .cores import split
 from .distillation import Teaching
-from .forward_pass import ForwardPass, ForwardPassMixin, UpdateStep
+from .forward_pass import ForwardPass, UpdateStep
+from .masked_optimizer import StepMask
 from .optimization import Stepper, forget_moments
 from .randomness import own_random_stream
 from .replay import Batch
 from .types import Phase, StepInfo
+from .watched_step import WatchedStepMixin
 
 
-class UpdateStepMixin(ForwardPassMixin):
+class UpdateStepMixin(WatchedStepMixin):
     """The half of `MaskedTrainerMixin` that makes an update step."""
 
     # ---- one update step ----
@@ -44,6 +46,8 @@ class UpdateStepMixin(ForwardPassMixin):
 
     def _abandon_step(self) -> None:
         """Put the full network's optimizer back, where a core step did not come to its end."""
+        if self._step is not None:
+            release(self._step.held)
         if self._joint and self._step is not None and self._step.phases[0].network == "core":
             self._use(self._full)
         self._step = None
@@ -65,9 +69,6 @@ class UpdateStepMixin(ForwardPassMixin):
             self._yielding.end_update(self._mean_over_processes)
         return losses[0]
 
-    def _mean_over_processes(self, value: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(value, "mean") if self.accelerator.num_processes > 1 else value
-
     def _now(self) -> UpdateStep:
         """The update step under way."""
         assert self._step is not None, "asked for the update step outside of one"
@@ -76,8 +77,14 @@ class UpdateStepMixin(ForwardPassMixin):
     def _begin_step(self) -> None:
         info = StepInfo(self.state.global_step, self.state.max_steps, getattr(self.args, "mask_seed", 0))
         self._step = step = UpdateStep(info, self.plan.phases(info))
-        if not self._joint:
-            return
+        if self._joint:
+            self._take_turn(step)
+        self._begin_watch(step.phases[0])
+        self._hold_still(step.phases[0])
+
+    def _take_turn(self, step: UpdateStep) -> None:
+        """Split the core where this step asks for it, and let the network that is trained step its own optimizer."""
+        info = step.info
         self._full.note_rate()
         if info.step in self._splits:
             renewed = split(self.model)
@@ -94,15 +101,15 @@ class UpdateStepMixin(ForwardPassMixin):
         self, model: Any, inputs: Any, num_items: Any, phase: Phase, network: str, teaching: Teaching | None = None
     ) -> torch.Tensor:
         """Forward and backward of one microbatch through one network, at x + dx where the phase perturbs."""
-        taught_now = phase.network == "sum" and self.plan.core.distill_weight > 0
-        keep = network == "full" and (self._now().rides or taught_now)
-        self._pass = under_way = ForwardPass(phase, network, teaching, keep_teaching=keep)
+        step = self._now()
+        learns = network == "full" and (step.rides or phase.network == "sum")
+        teaches = learns and self.plan.core.distill_weight > 0
+        keep = network == "full" and (step.rides or teaches or self._kept_for_later(step.info))
+        under_way = ForwardPass(phase, network, teaching, keep=keep, keep_teaching=teaches)
         apart: AbstractContextManager[None] = self._host_metrics_apart() if network == "core" else nullcontext()
-        try:
-            with apart, self._perturbed(phase):
-                loss = super().training_step(model, inputs, num_items)
-        finally:
-            self._pass = None
+        self._watch_microbatch(model, inputs, num_items, phase, network, teaching)
+        with apart, self._audited(phase), self._displaced(model, inputs, num_items, phase, network, teaching):
+            loss = self._run(model, inputs, num_items, under_way)
         if self._joint:
             # Trainer may have divided the loss by the number of microbatches; the label loss alone follows suit
             label_loss = loss if network == "full" else under_way.label_loss * (loss / under_way.total_loss)  # type: ignore[operator]
@@ -111,38 +118,53 @@ class UpdateStepMixin(ForwardPassMixin):
 
     # ---- the slots ----
 
-    def _perturbed(self, phase: Phase) -> AbstractContextManager[None]:
-        if phase.perturbation is None:
-            return nullcontext()
-        return perturbed(self._trained(phase), phase.perturbation, self._now().info)
-
     def _trained(self, phase: Phase) -> dict[str, nn.Parameter]:
         """The parameters that a phase trains, by name; in a "sum" update the core's own as core.<name>."""
         network = self.core_model if phase.network == "core" else self.model
-        named = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        held = {id(p) for p in self._step.held} if self._step is not None else set()
+        named = {n: p for n, p in network.named_parameters() if p.requires_grad or id(p) in held}
         if phase.network == "sum":
             own = self._the_core().own_parameters(self.model)
             named |= {f"core.{n}": p for n, p in own.items()}
         return named
 
+    def _hold_still(self, phase: Phase) -> None:
+        """What a mask's support leaves out is zero; what a mask of whole tensors leaves out is not differentiated by, where
+        the graph may change from step to step."""
+        fixed_graph = self.args.torch_compile or self.accelerator.num_processes > 1
+        if phase.grad_mask is None and phase.update_mask is None:
+            return
+        step = self._now()
+        parameters = self._trained(phase)
+        zero_outside(parameters, phase, step.info)
+        if not fixed_graph and step.measure is None:
+            step.held = hold_still(parameters, phase, step.info)
+
     def _mask_update(self, phase: Phase) -> None:
         """Apply the gradient mask, and tell the optimizer's step which entries must not move."""
-        if phase.grad_mask is not None:
-            parameters = self._trained(phase)
-            mask_gradients(parameters, evaluate_mask(phase.grad_mask, parameters, self._now().info))
         for steps in self._masked_steps:
             steps.obey(None)
+        step = self._now()
+        release(step.held)
+        if self._skips(phase):
+            return
+        parameters = self._trained(phase)
+        grad_mask, update_mask = mask_update(parameters, phase, step.info)
         if phase.update_mask is not None:
-            parameters = self._trained(phase)
-            mask = evaluate_mask(phase.update_mask, parameters, self._now().info)
+            rates = getattr(phase.update_mask, "rates", None)
+            factors = {} if rates is None else rates(step.info, parameters)
             for steps in self._masked_steps:
-                steps.obey((parameters, mask))
+                steps.obey(StepMask(parameters, update_mask, phase.state_policy, phase.offload_state, factors))
+        self._watch_update(phase, grad_mask, update_mask)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return super()._clip_grad_norm(self._clipped(model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return super()._get_grad_norm(self._clipped(model), grad_norm=grad_norm)
+        norm = super()._get_grad_norm(self._clipped(model), grad_norm=grad_norm)
+        if self._joint and self._step is not None:
+            self._skip_unless_finite(norm)
+        return norm
 
     def _clipped(self, model: nn.Module) -> nn.Module:
         """What the norm of this update's gradient is taken over."""
@@ -160,7 +182,11 @@ class UpdateStepMixin(ForwardPassMixin):
 
     def _finish_step(self) -> None:
         step = self._now()
+        if self._audit is not None:
+            self._audit.after(step.info.step)
         self._step = None
+        if step.row:
+            self._log_measures(step.row)
         if not self._joint:
             return
         first = step.phases[0].network
@@ -171,27 +197,39 @@ class UpdateStepMixin(ForwardPassMixin):
             self.core_model.zero_grad()
         if step.rides:
             self._ride(step)
+        elif self._kept_for_later(step.info):
+            self._replay.add(step.seen)
         if self.args.lr_curve == "shared":
             (self._full if first == "core" else self._core).scheduler.step()
+
+    def _kept_for_later(self, info: StepInfo) -> bool:
+        """Whether the batch of a step before the first ride will still be in the buffer then."""
+        start = self._first_ride
+        return start is not None and start - self._replay.capacity <= info.step < start
 
     def _ride(self, step: UpdateStep) -> None:
         """The core updates that follow a full one: on its own batch first, then on batches drawn from the buffer."""
         newest = step.seen
         if self.args.distill_buffer:
-            self._replay.add(newest)
+            self._replay.add(newest, uses=1)
         held = self.current_gradient_accumulation_steps
         for update, phase in enumerate(step.phases[1:], start=1):
             info = replace(step.info, update=update)
             batch = self._replay.draw(info) if update > 1 and self.args.distill_buffer else newest
             self._step = UpdateStep(info, (phase,))
-            with own_random_stream(info.random_seed("core_update"), self.args.device):
-                self._core_update(phase, batch)
+            try:
+                with own_random_stream(info.random_seed("core_update"), self.args.device):
+                    self._core_update(phase, batch)
+            except BaseException:
+                self._abandon_step()
+                raise
         self._step = None
         self.current_gradient_accumulation_steps = held
 
     def _core_update(self, phase: Phase, batch: Batch) -> None:
         core = self._core
         core.take_rates()
+        self._hold_still(phase)
         count = len(batch.microbatches)
         self.current_gradient_accumulation_steps = count
         num_items = batch.num_items
@@ -204,9 +242,11 @@ class UpdateStepMixin(ForwardPassMixin):
                 self._forward_backward(self._core_wrapped, here.inputs, num_items, phase, "core", here.teaching)
         self._mask_update(phase)
         self._yielding.end_update(self._mean_over_processes)
-        if self.args.max_grad_norm > 0:
-            self._clip_grad_norm(self.core_model)
+        norm = self._clip_grad_norm(self.core_model) if self.args.max_grad_norm > 0 else None
+        self._get_grad_norm(self.core_model, grad_norm=norm)
         core.optimizer.step()
+        if self._audit is not None:
+            self._audit.after(self._now().info.step)
         if self.args.lr_curve == "per_phase" and not core.optimizer.step_was_skipped:
             core.scheduler.step()
         self.core_model.zero_grad()

@@ -1,0 +1,46 @@
+"""Values that came from JSON, YAML or a command line, held against the type hints of the fields they are for."""
+
+import types
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def check_types(instance: Any, of: type, advice: Callable[[str], str]) -> None:
+    """Refuse a field of another type than its hint says; an int will do for a float, a tuple or set for a list.
+
+    Args:
+        instance: a dataclass object.
+        of: the dataclass whose fields are looked at; a base of the instance's class, or that class.
+        advice: field name -> what to do about it, for the error.
+
+    Raises: ValueError.
+    """
+    hints = get_type_hints(of)
+    for field in fields(of):
+        value = getattr(instance, field.name)
+        if not _fits(value, hints[field.name]):
+            raise ValueError(
+                f"got {field.name}={value!r}; needs {_spelt(hints[field.name])}, because another type would be read as "
+                f"something it does not mean; {advice(field.name)}"
+            )
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in inner)
+    if origin is list:
+        return isinstance(value, list | tuple | set) and all(_fits(one, inner[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    # what JSON knows; an object of a class of its own is the business of the field's own check
+    return (origin or hint) not in (str, bool, tuple, types.NoneType) or isinstance(value, origin or hint)
+
+
+def _spelt(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
