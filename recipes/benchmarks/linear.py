@@ -57,7 +57,7 @@ def _measure(
     x, W, R = tensor(tokens, in_features), tensor(out_features, in_features), tensor(out_features, in_features)
     factors = FactorizedLinear(in_features, out_features, rank, bias=False, device=device)
     A, B = factors.A.weight, factors.B.weight
-    layer = MergedLinear(R, factors, bias=None, transposed=False)
+    layer = MergedLinear(R, factors.A.weight, factors.B.weight, bias=None, transposed=False)
     upstream = torch.randn(tokens, out_features, device=device)
     ways: dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]] = {
         "plain": (lambda: F.linear(x, W), [x, W]),

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from hf_masked import MaskedTrainer, MaskedTrainingArguments, get_core
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kit.machine import peak_memory, reset_peak_memory
+from kit.machine import PeakMemory
 
 from benchmarks.setting import Setting
 
@@ -68,12 +68,15 @@ def train_and_measure(setting: Setting, kind: str) -> Memory:
     """Train a few steps in this process."""
     warm = torch.ones(256, 256, requires_grad=True)
     (warm @ warm).sum().backward()
-    before = 0 if torch.cuda.is_available() else _resident()
-    reset_peak_memory()
+    measured = PeakMemory()
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(setting, kind, folder)
         trainer.train()
-    peak = peak_memory() - before
+    peak = measured.read()
+    if peak is None:
+        raise OSError(
+            "got a system that does not reset VmHWM; needs Linux or an accelerator; leave 'memory' out of --parts"
+        )
     full: Any = trainer.model
     own = {id(p): p for p in full.parameters()}
     networks = own if kind == "plain" else own | {id(p): p for p in get_core(full).model.parameters()}
@@ -106,16 +109,6 @@ def _trainer(setting: Setting, kind: str, folder: str) -> Trainer:
     coupling, options = JOINT[kind]
     model = setting.with_core(coupling, split_at=None)
     return MaskedTrainer(model=model, args=MaskedTrainingArguments(**arguments, **options), **data)
-
-
-def _resident() -> int:
-    """Bytes that this process holds in main memory now."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    return peak_memory()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Arm:
 
 # Training arguments of an arm that is not joint training, whatever the recipe's own are.
 PLAIN = {"preset": "ride_along", "distill_weight": 0.0, "moments": None, "lr_curve": "per_phase"}
-FULL_ALONE = {**PLAIN, "core": None, "schedule": "full_only"}
+FULL_ALONE = {**PLAIN, "core": None, "core_config": None, "schedule": "full_only"}
 CORE_ALONE = {**PLAIN, "schedule": "core_only"}
 
 
@@ -63,7 +63,8 @@ def comparison_arms(
     core_alone_at_equal_flops = round(joint.flops(costs, 0) / costs.core)
     unsplit = {**core_config, "split_at": None, "split_every": None}
     core = {**CORE_ALONE, "core_config": {**unsplit, "coupling": "free"}}
-    distilled = {**core, "distill_weight": distill_weight}
+    tuned_svd = {**CORE_ALONE, "core_config": {**unsplit, "coupling": "free", "split_at": 0}}
+    distilled = {**tuned_svd, "distill_weight": distill_weight}
     paper = {"preset": "paper", **PAPER, "core_config": {**unsplit, "coupling": "shared"}}
     return [
         Arm("full_alone", "full alone", steps, steps, 0, FULL_ALONE, scores_core=False),
@@ -79,7 +80,7 @@ def comparison_arms(
             scores_full=False,
         ),
         Arm("paper", "alternation (the paper's)", 2 * steps, steps, steps, paper),
-        Arm("svd", "SVD of the trained full, then core steps", steps, 0, steps, core, after_full=True),
+        Arm("svd", "SVD of the trained full, then core steps", steps, 0, steps, tuned_svd, after_full=True),
         Arm(
             "svd_distilled",
             "SVD, then core steps under the frozen full",
@@ -90,7 +91,7 @@ def comparison_arms(
             after_full=True,
             teacher_forwards=steps,
         ),
-        Arm("svd_flops", "SVD, then core steps, FLOPs of the row above", tuned, 0, tuned, core, after_full=True),
+        Arm("svd_flops", "SVD, then core steps, FLOPs of the row above", tuned, 0, tuned, tuned_svd, after_full=True),
         joint,
     ]
 

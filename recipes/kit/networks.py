@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from dataclasses import dataclass
@@ -9,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
+
+from hf_masked.cores import LoraCore
 
 from .flops import count_flops
 from .task import Scores, Task
@@ -22,7 +26,7 @@ class NetworkReport:
     """What one network costs and what it can do.
 
     Args:
-        bytes_on_disk: of its weight files.
+        bytes_on_disk: of its weight files; those of an adapter are without its base.
         flops_per_token: of a forward pass over one batch, attention included, per token position of the batch.
         tokens_per_second: of the same forward pass, median of interleaved runs.
     """
@@ -36,13 +40,24 @@ class NetworkReport:
     sample: str
 
 
+def adapter_folder(folder: str | Path) -> Path | None:
+    """Where the adapter of an export lies; None where its core is no adapter."""
+    adapter = Path(folder) / LoraCore.folder
+    return adapter if (adapter / "adapter_config.json").is_file() else None
+
+
 def reload_networks(task: Task, folder: str | Path) -> dict[str, PreTrainedModel]:
-    """Load the full network and the core from an export with nothing but `from_pretrained`."""
+    """Load the full network and the core from an export, an adapter onto the base model that it names."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks = {
-        "full": task.auto_class.from_pretrained(folder),
-        "core": task.auto_class.from_pretrained(folder, subfolder="core"),
-    }
+    networks: dict[str, Any] = {"full": task.auto_class.from_pretrained(folder)}
+    adapter = adapter_folder(folder)
+    if adapter is not None:
+        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        # with the full network's config, since the base's own may be of another number of labels
+        base = task.auto_class.from_pretrained(name, config=copy.deepcopy(networks["full"].config))
+        networks["core"] = PeftModel.from_pretrained(base, adapter)
+    else:
+        networks["core"] = task.auto_class.from_pretrained(folder, subfolder="core")
     return {name: model.to(device).eval() for name, model in networks.items()}
 
 
@@ -57,12 +72,12 @@ def describe_networks(task: Task, folder: str | Path, batch_size: int) -> list[N
     for name, model in networks.items():
         with torch.no_grad():
             flops = count_flops(lambda model=model: model(**batch))  # type: ignore[misc]
-        weights = (Path(folder) if name == "full" else Path(folder) / name).glob("*.safetensors")
+        where = Path(folder) if name == "full" else adapter_folder(folder) or Path(folder) / name
         reports.append(
             NetworkReport(
                 name=name,
                 parameters=model.num_parameters(),
-                bytes_on_disk=sum(file.stat().st_size for file in weights),
+                bytes_on_disk=sum(file.stat().st_size for file in where.glob("*.safetensors")),
                 flops_per_token=round(flops / tokens),
                 tokens_per_second=tokens / seconds[name],
                 scores=task.score(model),

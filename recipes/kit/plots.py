@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
 
 from .task import Metric
 from .training import Run
@@ -28,12 +29,13 @@ def plot_losses(history: Sequence[dict[str, Any]], path: Path, title: str) -> No
     for network, logged, evaluated in (("full", "loss_full", "eval_loss"), ("core", "loss_core", "eval_core_loss")):
         steps, losses = curve(history, logged)
         axes.plot(steps, losses, color=COLOURS[network], label=f"{network}, training")
-        steps, losses = curve(history, evaluated)
+        # before its first update a core's score says nothing, and would stretch the axis
+        steps, losses = curve([row for row in history if not steps or row["step"] >= steps[0]], evaluated)
         axes.plot(steps, losses, "o", color=COLOURS[network], label=f"{network}, validation")
-    for phase in dict.fromkeys(name for name, _, _ in phases(history) if name != NEVER_SHADED):
-        axes.axvspan(0, 0, color=COLOURS.get(phase, "tab:grey"), alpha=0.3, label=f"phase: {phase}")
+    shaded = dict.fromkeys(name for name, _, _ in phases(history) if name != NEVER_SHADED)
+    patches = [Patch(color=COLOURS.get(name, "tab:grey"), alpha=0.3, label=f"phase: {name}") for name in shaded]
     axes.set(xlabel="update step", ylabel="loss", title=title)
-    axes.legend()
+    axes.legend(handles=[*axes.get_legend_handles_labels()[0], *patches])
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_masked import add_core, core_summary, get_core
+from hf_masked import LoraCoreConfig, add_core, core_summary, get_core
 from hf_masked.export import check_writable
 
 from .arguments import RecipeArguments
@@ -28,7 +28,8 @@ from .training import Run
 
 NOTE = (
     "Arms that start from the trained full network share one training of it per seed; their FLOPs and seconds include "
-    "it. FLOPs are counted on a real batch per kind of step, teacher forwards included."
+    "it. FLOPs are counted on a real batch per kind of step, teacher forwards included. Peak MB: what training an arm held "
+    "at most beyond what the process held before, its model included; a dash where the system does not tell."
 )
 
 
@@ -42,15 +43,19 @@ def run_recipe(task: Task, args: RecipeArguments, training_args: Any) -> None:
     seeds = args.seeds or [training_args.seed]
     arms = plan_arms(task, args, training_args)
     exported: list[Run] = []
+    finished: list[Run] = []
 
-    def keep_best(run: Run, trainer: Trainer) -> None:
-        """Export the first seed's joint run, at the learning-rate scale with the lowest validation loss."""
+    def keep(run: Run, trainer: Trainer) -> None:
+        """Note every run; export the first seed's joint one, at the learning-rate scale with the lowest validation loss."""
         if run.arm == "joint" and run.seed == seeds[0] and (not exported or run.selection < exported[0].selection):
             trainer.save_model(str(out))
             exported[:] = [run]
+        # after every run, so that an interrupted comparison leaves what it has found
+        finished.append(run)
+        write_results(out / "results.json", args, training_args, [], finished, choose_scales(finished))
 
     scales = args.compare_learning_rate_scales or [training_args.core_learning_rate_scale]
-    runs = run_arms(task, arms, training_args, seeds, scales, keep_best)
+    runs = run_arms(task, arms, training_args, seeds, scales, keep)
     chosen = choose_scales(runs)
     reports = describe_networks(task, out, training_args.per_device_eval_batch_size) if exported else []
     text = summary(task, reports, chosen, args.compare or len(seeds) > 1)
@@ -77,7 +82,13 @@ def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm
             "steps; set --max_steps"
         )
     config = training_args.make_core_config()
-    model = add_core(task.new_model(training_args.seed), config)
+    model = task.new_model(training_args.seed)
+    if training_args.core == LoraCoreConfig.kind and not model.name_or_path:
+        raise ValueError(
+            "got core='lora' for a model made from a config; needs a pretrained one, because an adapter is loaded onto "
+            "its base model from disk; set --model_name_or_path, or --core low_rank"
+        )
+    add_core(model, config)
     print(core_summary(model))
     if not args.compare:
         return [joint_arm(training_args.max_steps, training_args.schedule)]

@@ -52,7 +52,8 @@ def comparison_table(runs: Sequence[Sequence[Run]], metrics: Sequence[Metric]) -
         for metric in metrics:
             for scores in ([run.full for run in arm], [run.core for run in arm]):
                 row.append(spread([s[metric.key] for s in scores if s is not None], metric.digits))
-        row += [spread([run.seconds for run in arm], 0), spread([run.peak_memory / 2**20 for run in arm], 0)]
+        peaks = [run.peak_memory / 2**20 for run in arm if run.peak_memory is not None]
+        row += [spread([run.seconds for run in arm], 0), spread(peaks, 0)]
         rows.append(row)
     return render(headings, rows)
 

@@ -11,11 +11,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from hf_masked import get_core, has_core, merge_full
+from hf_masked import LoraCoreConfig, add_core, get_core, has_core, merge_full
 
 from .arms import Arm
 from .flops import StepCosts, step_costs
-from .machine import peak_memory, reset_peak_memory
+from .machine import PeakMemory
 from .task import Scores, Task
 
 
@@ -26,6 +26,7 @@ class Run:
     Args:
         full, core: scores of the two networks, None for a network that the arm does not deliver.
         flops, seconds: of the whole arm, including the training of the full network that it started from.
+        peak_memory: bytes held at most beyond what was held before, the model included; None where that is not known.
         selection: the core's loss on the validation rows, by which settings are chosen.
         history: the trainer's log.
     """
@@ -41,7 +42,7 @@ class Run:
     core: Scores | None
     flops: int
     seconds: float
-    peak_memory: int
+    peak_memory: int | None
     selection: float
     history: list[dict[str, Any]]
 
@@ -84,14 +85,14 @@ def run_arm(
         before: the run that trained it, whose FLOPs and seconds the arm has spent too.
     """
     set_seed(args.seed)
-    model = copy.deepcopy(trained_full) if arm.after_full and trained_full is not None else task.new_model(args.seed)
-    reset_peak_memory()
+    peak = PeakMemory()
+    model = starting_model(task, args, trained_full if arm.after_full else None)
     trainer = make_trainer(task, model, args)
     costs = trainer_costs(task, trainer)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started + (before.seconds if arm.after_full and before else 0)
-    memory = peak_memory()
+    memory = peak.read()
     full, core = evaluate(task, trainer, task.report)
     selection = core if task.report is task.validation else evaluate(task, trainer, task.validation)[1]
     run = Run(
@@ -111,6 +112,17 @@ def run_arm(
         history=trainer.state.log_history,
     )
     return run, trainer
+
+
+def starting_model(task: Task, args: Any, trained_full: PreTrainedModel | None) -> PreTrainedModel:
+    """A new model, or a copy of the trained full network; an adapter stands on the new one, not on what was trained."""
+    if trained_full is None:
+        return task.new_model(args.seed)
+    if args.core != LoraCoreConfig.kind:
+        return copy.deepcopy(trained_full)
+    model = add_core(task.new_model(args.seed), args.make_core_config())
+    model.load_state_dict(trained_full.state_dict())
+    return model
 
 
 def trainer_costs(task: Task, trainer: Trainer) -> StepCosts:

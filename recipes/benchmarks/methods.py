@@ -1,0 +1,188 @@
+"""What a method costs, as a ratio to plain training with the same optimizer, measured side by side in one process.
+
+    OMP_NUM_THREADS=1 python recipes/benchmarks/methods.py [--width 256 --layers 8 --tokens 256] [--output FILE.json]
+
+Prints a table with a goal next to every figure; `--help` lists all options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from hf_masked import MaskedTrainer, MaskedTrainingArguments
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kit.machine import hardware, versions
+from kit.table import render
+
+from benchmarks.setting import Setting
+from benchmarks.steps import WARM_UP, Contestant, Measurements, Round, train
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method and its goals: of its step time and of its optimizer state, over plain training's."""
+
+    title: str
+    method: str
+    config: dict[str, Any] = field(default_factory=dict)
+    time_goal: float | None = None
+    state_goal: float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of training."""
+        return {"method": self.method, "method_config": self.config}
+
+
+def rows(layers: int) -> list[Row]:
+    """Every method that a goal is set for, and a few more."""
+    upper = "|".join(str(layer) for layer in range(layers // 2, layers))
+    return [
+        Row("sgd (nothing on)", "sgd", {}, 1.02),
+        Row("top_k, 10 %", "top_k", {"density": 0.1}, 1.25),
+        Row("top_k, 1 %", "top_k", {"density": 0.01}, 1.25),
+        Row("topk_ef, 1 %", "topk_ef", {"density": 0.01}),
+        Row("parameters: upper half of the layers, head", "parameters",
+            {"trained": rf".*layers\.({upper})\..*|.*\.norm\.weight|lm_head.*"}, 0.70),
+        Row("badam: one layer at a time", "badam", {"every": 1, "rest": "freeze"}, 0.75, 0.2),
+        Row("rigl, between changes of its mask", "rigl", {}, 1.15),
+        Row("gmp, between changes of its mask", "gmp", {"density": 0.3}, 1.15),
+        Row("sam", "sam", {}, 2.1),
+        Row("extragradient", "extragradient", {}, 2.1),
+        Row("drop_connect", "drop_connect", {}, 1.15),
+    ]  # fmt: skip
+
+
+@dataclass
+class MethodsArguments:
+    """Options of the benchmark."""
+
+    width: int = field(default=256, metadata={"help": "Hidden size of the Llama that is trained; a multiple of 64."})
+    layers: int = field(default=8, metadata={"help": "Its layers."})
+    vocabulary: int = field(default=1024, metadata={"help": "Its vocabulary."})
+    tokens: int = field(default=256, metadata={"help": "Tokens of one batch; the fewer, the more a method's share."})
+    repeats: int = field(default=5, metadata={"help": "Rounds; each trains by every method once, in turn."})
+    steps: int = field(default=2, metadata={"help": "Timed update steps of a method in one round, after one untimed."})
+    clock: str = field(
+        default="processor",
+        metadata={"help": "'wall': seconds; 'processor': processor seconds, for a machine that does other work too."},
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"help": "JSON file to write; the table goes beside it as Markdown. Default: print only."},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "vocabulary", "tokens", "repeats", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name}={getattr(self, name)}; needs an integer >= 1; set --{name}")
+        if self.clock not in ("wall", "processor"):
+            raise ValueError(f"got clock={self.clock!r}; needs 'wall' or 'processor'; set --clock")
+
+    def setting(self) -> Setting:
+        """What is trained."""
+        return Setting(self.width, self.layers, self.vocabulary, self.tokens, min(128, self.tokens), 0.125)
+
+
+def measure_times(setting: Setting, entered: list[Row], args: MethodsArguments) -> Measurements:
+    """Let every method train in turn."""
+    last = WARM_UP + args.steps
+    contestants = [Contestant(setting.new_model(), None, {PLAIN: (WARM_UP, last)}, last)]
+    for row in entered:
+        contestants.append(Contestant(setting.new_model(), row.options, {row.title: (WARM_UP, last)}, last))
+    measured = Measurements(args.clock)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(args.repeats):
+            this_round: Round = {}
+            for contestant in contestants if number % 2 == 0 else reversed(contestants):
+                this_round |= train(contestant, setting, folder)
+            measured.rounds.append(this_round)
+            print(f"round {number + 1}/{args.repeats}", flush=True)
+    return measured
+
+
+def state_bytes(options: dict[str, Any] | None, layers: int) -> float:
+    """Mean over update steps of the optimizer state's bytes, for a narrow model of as many layers."""
+    setting = Setting(64, layers, 64, 16, 16, 0.125)
+    seen: list[int] = []
+
+    class Note(TrainerCallback):
+        def on_optimizer_step(self, *unused: Any, optimizer: Any = None, **others: Any) -> None:
+            inner = getattr(optimizer, "optimizer", optimizer)
+            tensors = [v for state in inner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+            seen.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments: dict[str, Any] = dict(output_dir=folder, max_steps=layers, report_to="none", disable_tqdm=True,
+                                         save_strategy="no", logging_strategy="no", remove_unused_columns=False,
+                                         per_device_train_batch_size=1)  # fmt: skip
+        given: dict[str, Any] = dict(model=setting.new_model(), train_dataset=setting.dataset(layers),
+                                     data_collator=default_data_collator, callbacks=[Note()])  # fmt: skip
+        trainer = (
+            Trainer(args=TrainingArguments(**arguments), **given)
+            if options is None
+            else MaskedTrainer(args=MaskedTrainingArguments(**arguments, **options), **given)
+        )
+        trainer.train()
+    return statistics.mean(seen)
+
+
+def table(entered: list[Row], measured: Measurements, states: dict[str, float]) -> str:
+    """One line per method."""
+    lines = []
+    for row in entered:
+        low, ratio, high = measured.ratio(row.title, PLAIN)
+        goal = "-" if row.time_goal is None else f"<= {row.time_goal:.2f}"
+        reached = "-" if row.time_goal is None else ("yes" if ratio <= row.time_goal else "no")
+        state = f"{states[row.title]:.2f}" + ("" if row.state_goal is None else f" (goal <= {row.state_goal})")
+        fastest = f"{measured.fastest_ratio(row.title, PLAIN):.2f}"
+        lines.append([row.title, f"{ratio:.2f}", f"{low:.2f} - {high:.2f}", fastest, goal, reached, state])
+    return render(["method", "step time", "quartiles", "fastest steps", "goal", "reached", "optimizer state"], lines)
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = HfArgumentParser(MethodsArguments, description=__doc__)  # type: ignore[arg-type]
+    (args,) = parser.parse_args_into_dataclasses()
+    entered = rows(args.layers)
+    before = os.getloadavg()[0]
+    plain_state = state_bytes(None, args.layers)
+    states = {row.title: state_bytes(row.options, args.layers) / plain_state for row in entered}
+    measured = measure_times(args.setting(), entered, args)
+    load = f"{before:.1f} and {os.getloadavg()[0]:.1f}"
+    command = shlex.join(["python", "recipes/benchmarks/methods.py", *sys.argv[1:]])
+    threads = os.environ.get("OMP_NUM_THREADS")
+    command = f"OMP_NUM_THREADS={threads} {command}" if threads else command
+    text = (
+        f"`{command}`\n\nRatios to plain `Trainer` with AdamW: Llama of width {args.width}, {args.layers} layers, "
+        f"{args.tokens} tokens per batch; medians over {args.repeats} rounds in one process, of {args.clock} seconds. "
+        f"Load average before and after: {load}.\n\n{table(entered, measured, states)}\n"
+    )
+    print("\n" + text)
+    if args.output is not None:
+        results = {
+            "command": command, "versions": versions(), "hardware": hardware(), "settings": dataclasses.asdict(args),
+            "optimizer_state": states, "load_average": load,
+            "seconds": [{n: [dataclasses.asdict(t) for t in taken] for n, taken in one.items()} for one in measured.rounds],
+        }  # fmt: skip
+        Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        Path(args.output).with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Methods of partial SGD side by side: the same fine-tuning with each of them, its score, its time and its memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_masked.export import check_writable
+
+from .machine import PeakMemory, hardware, versions
+from .run import changed_settings, command
+from .table import render, spread
+from .task import Scores, Task
+from .training import make_trainer
+
+BASELINE = "sgd"
+WARM_UP_STEPS = 2
+ENERGY = "captured_energy"
+
+
+@dataclasses.dataclass
+class MethodRun:
+    """What came of one method with one seed.
+
+    Args:
+        scores: of the trained network on the reported rows.
+        step_seconds: median over update steps, the first ones left out.
+        peak_memory: bytes held at most beyond what was held before, the model included; None where that is not known.
+        captured_energy: mean of what was logged with `--diagnostics_steps`, None without.
+    """
+
+    method: str
+    seed: int
+    scores: Scores
+    step_seconds: float
+    peak_memory: int | None
+    captured_energy: float | None
+    history: list[dict[str, Any]]
+
+
+class StepClock(TrainerCallback):
+    """Seconds of every update step, from the start of its first microbatch on."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def median(self) -> float:
+        """Of all steps but the first ones, which warm up."""
+        return statistics.median(self.seconds[WARM_UP_STEPS:] or self.seconds)
+
+
+def run_methods(
+    task: Task, methods: Sequence[str], configs: dict[str, Any], seeds: Sequence[int], training_args: Any
+) -> None:
+    """Fine-tune once per method and seed, and leave `table.md` and `results.json` in `output_dir`.
+
+    Args:
+        methods: names in `hf_masked.methods.METHODS`; plain training is trained first, for the ratios.
+        configs: options by method name.
+    """
+    out = check_writable(str(training_args.output_dir))
+    runs: list[MethodRun] = []
+    ordered = [BASELINE, *(name for name in methods if name != BASELINE)]
+    for seed in seeds:
+        for name in ordered:
+            print(f"\n== {name}: seed {seed}")
+            changed = {"method": name, "method_config": configs.get(name), "seed": seed, "data_seed": seed}
+            args = dataclasses.replace(training_args, **changed, output_dir=str(out / "runs" / f"{name}-{seed}"))
+            run, trainer = run_method(task, args)
+            runs.append(run)
+            if len(methods) == len(seeds) == 1 and name == methods[0]:
+                trainer.save_model(str(out))
+            del trainer
+            gc.collect()
+            # after every run, so that an interrupted comparison leaves what it has found
+            text = f"# {task.name}\n\n`{command()}`\n\n{methods_table(runs, task)}\n"
+            (out / "table.md").write_text(text, encoding="utf-8")
+            write_runs(out / "results.json", runs, training_args)
+    print("\n" + text)
+
+
+def run_method(task: Task, args: TrainingArguments) -> tuple[MethodRun, Trainer]:
+    """Fine-tune with the method that `args` names, and score the result."""
+    peak = PeakMemory()
+    model = task.new_model(args.seed)
+    set_seed(args.seed)
+    trainer, clock = make_trainer(task, model, args), StepClock()
+    trainer.add_callback(clock)
+    trainer.train()
+    memory = peak.read()
+    model.eval()
+    energies = [v for row in trainer.state.log_history for k, v in row.items() if k.endswith(ENERGY)]
+    run = MethodRun(
+        method=args.method,  # type: ignore[attr-defined]
+        seed=args.seed,
+        scores=task.score(model),
+        step_seconds=clock.median(),
+        peak_memory=memory,
+        captured_energy=statistics.mean(energies) if energies else None,
+        history=trainer.state.log_history,
+    )
+    return run, trainer
+
+
+def methods_table(runs: Sequence[MethodRun], task: Task) -> str:
+    """One row per method: scores with standard deviations, and cost over plain training of the same seed."""
+    plain = {run.seed: run for run in runs if run.method == BASELINE}
+    rows = []
+    for name in dict.fromkeys(run.method for run in runs):
+        mine = [run for run in runs if run.method == name]
+        row = [name, *(spread([run.scores[m.key] for run in mine], m.digits) for m in task.metrics)]
+        row.append(spread([run.step_seconds / plain[run.seed].step_seconds for run in mine], 2))
+        row.append(
+            spread([(run.peak_memory or math.nan) / (plain[run.seed].peak_memory or math.nan) for run in mine], 2)
+        )
+        row.append(spread([run.captured_energy for run in mine if run.captured_energy is not None], 2))
+        rows.append(row)
+    headings = ["method", *(m.title for m in task.metrics), "time ratio", "peak memory ratio", "captured energy"]
+    return render(headings, rows)
+
+
+def write_runs(path: Path, runs: Sequence[MethodRun], training_args: Any) -> None:
+    """Write everything that the table was made from, with versions, hardware and settings."""
+    results = {
+        "command": command(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "training_settings": changed_settings(training_args),
+        "runs": [dataclasses.asdict(run) for run in runs],
+    }
+    path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")

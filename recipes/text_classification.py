@@ -1,0 +1,246 @@
+"""Fine-tune a pretrained encoder on labelled texts, with any method of partial SGD, or together with a core.
+
+    python recipes/text_classification.py --model_name_or_path MODEL --dataset_name DATA [--flag value ...]
+
+Without a core, `--methods sgd sam lisa` trains once per method (and per seed with `--seeds 0 1 2`) and writes a table of
+scores, time and memory over plain training. With `--core lora` (or any other core) it is joint training, as in the other
+recipes: the full network, its core, a plot and a table; `--compare` adds the alternatives.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from kit.arguments import RecipeArguments, parse
+from kit.cache import prepared
+from kit.methods import run_methods
+from kit.run import run_recipe
+from kit.sources import load_splits
+from kit.task import Metric, Scores, Task
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from hf_masked import LoraCoreConfig, MaskedTrainer, MaskedTrainingArguments
+from hf_masked.methods import METHODS
+
+# where GLUE keeps its texts
+GLUE_COLUMNS = {
+    "cola": ("sentence", None),
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "rte": ("sentence1", "sentence2"),
+    "sst2": ("sentence", None),
+    "wnli": ("sentence1", "sentence2"),
+}
+CACHE_KEYS = ("text_column", "text_pair_column", "label_column", "max_length", "max_train_samples", "max_eval_samples")
+
+
+@dataclass
+class ClassificationArguments(RecipeArguments):
+    """Settings of the text classification recipe."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The pretrained encoder, with its tokenizer; a Hub name or a folder."}
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column with the text; default: that of the GLUE task, else 'text'."}
+    )
+    text_pair_column: str | None = field(default=None, metadata={"help": "Column with the second text of a pair."})
+    label_column: str = field(default="label", metadata={"help": "Column with the class, a number or a name."})
+    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+    methods: list[str] | None = field(
+        default=None,
+        metadata={"help": "Without a core: fine-tune once with each of these methods. Default: --method alone."},
+    )
+    method_configs: str | None = field(
+        default=None, metadata={"help": 'JSON of options by method name, e.g. \'{"sam": {"rho": 0.1}}\'.'}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("model_name_or_path", "dataset_name"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"got no {name}; needs one, because a pretrained encoder is fine-tuned on labelled texts; set --{name}"
+                )
+        if unknown := sorted(set(self.methods or ()) - set(METHODS)):
+            raise ValueError(f"got methods {unknown}; needs some of {sorted(METHODS)}; set --methods")
+        glue = (
+            GLUE_COLUMNS.get(self.dataset_config_name or "") if self.dataset_name in ("glue", "nyu-mll/glue") else None
+        )
+        if self.text_column is None:
+            self.text_column, pair = glue or ("text", None)
+            self.text_pair_column = self.text_pair_column or pair
+
+    def options(self) -> dict[str, Any]:
+        """Options by method name.
+
+        Raises: ValueError for what is no JSON object, or names a method that is not run.
+        """
+        try:
+            options = json.loads(self.method_configs or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"got method_configs={self.method_configs!r}; needs a JSON object, because {error}; set --method_configs"
+            ) from None
+        if not isinstance(options, dict) or (unknown := sorted(set(options) - set(self.methods or ()))):
+            raise ValueError(
+                f"got method_configs for {unknown if isinstance(options, dict) else options!r}; needs options by names in "
+                "--methods, because others would be ignored; set --method_configs"
+            )
+        return options
+
+
+def prepare(args: ClassificationArguments) -> tuple[DatasetDict, PreTrainedTokenizerBase]:
+    """The texts as tokens with their classes, and the tokenizer; quick where an earlier run left them."""
+    columns = [c for c in (args.text_column, args.text_pair_column) if c]
+    splits = load_splits(str(args.dataset_name), args.dataset_config_name, columns)
+    if args.label_column not in splits["train"].column_names:
+        raise ValueError(
+            f"got columns {splits['train'].column_names} in {args.dataset_name!r}; needs {args.label_column!r}, because the "
+            "class is read there; set --label_column"
+        )
+    key = {
+        "data": [file["filename"] for split in splits.values() for file in split.cache_files],
+        "model": args.model_name_or_path,
+        **{name: getattr(args, name) for name in CACHE_KEYS},
+    }
+    return prepared(lambda: tokenize(splits, args), key, args.cache_dir)
+
+
+def tokenize(splits: DatasetDict, args: ClassificationArguments) -> tuple[DatasetDict, PreTrainedTokenizerBase]:
+    """Encode every text; classes are numbered in the order of their names."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    for name, rows in splits.items():
+        limit = args.max_train_samples if name == "train" else args.max_eval_samples
+        splits[name] = rows.shuffle(seed=0).select(range(min(limit or len(rows), len(rows))))
+    kind = splits["train"].features[args.label_column]
+    names = kind.names if isinstance(kind, ClassLabel) else sorted(set(splits["train"][args.label_column]), key=str)
+    if len(names) < 2:
+        raise ValueError(
+            f"got the classes {names}; needs at least two; set --label_column, or more --max_train_samples"
+        )
+    number = {label: index for index, label in enumerate(range(len(names)) if isinstance(kind, ClassLabel) else names)}
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        texts = [rows[c] for c in (args.text_column, args.text_pair_column) if c]
+        inputs = tokenizer(*texts, truncation=True, max_length=args.max_length)
+        return {**inputs, "labels": [number[label] for label in rows[args.label_column]]}
+
+    encoded = {
+        name: rows.map(encode, batched=True, remove_columns=rows.column_names).cast_column(
+            "labels", ClassLabel(names=[str(n) for n in names])
+        )
+        for name, rows in splits.items()
+    }
+    return DatasetDict(encoded), tokenizer
+
+
+def new_model(seed: int, args: ClassificationArguments, names: list[str]) -> PreTrainedModel:
+    """The pretrained encoder under a new head drawn from `seed`."""
+    set_seed(seed)
+    numbered = dict(enumerate(names))
+    return AutoModelForSequenceClassification.from_pretrained(
+        args.model_name_or_path, num_labels=len(names), id2label=numbered, label2id={v: k for k, v in numbered.items()}
+    )
+
+
+def class_scores(predicted: np.ndarray, labels: np.ndarray) -> Scores:
+    """Accuracy, and the mean over classes of F1, both from 0 to 1."""
+    f1 = []
+    for label in np.union1d(labels, predicted):
+        hits = np.sum((predicted == label) & (labels == label))
+        f1.append(2 * hits / (np.sum(predicted == label) + np.sum(labels == label)))
+    return {"accuracy": float(np.mean(predicted == labels)), "f1": float(np.mean(f1))}
+
+
+def compute_metrics(prediction: Any) -> Scores:
+    """Scores of what the trainer predicted."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return class_scores(logits.argmax(-1), prediction.label_ids)
+
+
+@torch.no_grad()
+def score(model: Any, rows: Dataset, collator: Any, batch_size: int) -> Scores:
+    """Loss, accuracy and F1 over `rows`."""
+    predicted, total = [], 0.0
+    for start in range(0, len(rows), batch_size):
+        batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows)))))).to(model.device)
+        outputs = model(**batch)
+        predicted += outputs.logits.argmax(-1).tolist()
+        total += outputs.loss.item() * len(outputs.logits)
+    return {"loss": total / len(rows), **class_scores(np.array(predicted), np.array(rows["labels"][:]))}
+
+
+def sample(model: Any, rows: Dataset, collator: Any) -> str:
+    """A few texts with their class and what the network takes them for."""
+    few = rows.select(range(min(5, len(rows))))
+    batch = collator(list(few)).to(model.device)
+    with torch.no_grad():
+        predicted = model(**batch).logits.argmax(-1).tolist()
+    names = few.features["labels"].names
+    texts = collator.tokenizer.batch_decode(few["input_ids"][:], skip_special_tokens=True)
+    lines = zip(texts, few["labels"][:], predicted, strict=True)
+    return "\n".join(f"{names[label]} -> {names[found]}: {text[:90]}" for text, label, found in lines)
+
+
+def with_head(training_args: Any) -> dict[str, Any]:
+    """The options of an adapter that carries the new head, unless they say what it carries: the base has none."""
+    config: LoraCoreConfig = training_args.make_core_config()
+    named = config.task_type or config.modules_to_save
+    return config.to_dict() | ({} if named else {"task_type": "SEQ_CLS"})
+
+
+def main(argv: list[str]) -> None:
+    """Run the recipe."""
+    types = (ClassificationArguments, MaskedTrainingArguments)
+    parsed: tuple[Any, ...] = parse(types, argv, __doc__ or "")
+    args, training_args = parsed
+    if training_args.core == LoraCoreConfig.kind:
+        training_args.core_config = with_head(training_args)
+    splits, tokenizer = prepare(args)
+    names = splits["train"].features["labels"].names
+    report = splits.get("test", splits["validation"])
+    collator = DataCollatorWithPadding(tokenizer)
+    task = Task(
+        name=f"Text classification on {args.dataset_name}",
+        train=splits["train"],
+        validation=splits["validation"],
+        report=report,
+        tokenizer=tokenizer,
+        collator=collator,
+        trainer_class=MaskedTrainer,
+        auto_class=AutoModelForSequenceClassification,
+        new_model=partial(new_model, args=args, names=names),
+        metrics=(Metric("accuracy", "accuracy", 4), Metric("f1", "F1", 4), Metric("loss", "loss", 4)),
+        score=partial(score, rows=report, collator=collator, batch_size=training_args.per_device_eval_batch_size),
+        sample=partial(sample, rows=report, collator=collator),
+        compute_metrics=compute_metrics,
+    )
+    if training_args.core is not None:
+        run_recipe(task, args, training_args)
+        return
+    options = args.options()
+    methods = args.methods or [training_args.method or "sgd"]
+    if not args.methods:
+        options = {methods[0]: training_args.method_config}
+    run_methods(task, methods, options, args.seeds or [training_args.seed], training_args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
