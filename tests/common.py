@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import LENGTH, VOCAB, architecture
+from architecture_row import LENGTH, VOCAB
+from architectures import architecture
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 

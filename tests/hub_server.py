@@ -17,64 +17,13 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
-
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".onnx", ".npz", ".parquet", ".model")
-LFS_SIZE = 1 << 20  # anything at least this large goes through LFS whatever it is called
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file at one commit: its content, and whether it is stored through LFS."""
-
-    content: bytes
-    lfs: bool
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
-
-    @property
-    def blob_id(self) -> str:
-        """The git id of what git itself would hold: the content, or the LFS pointer to it."""
-        held = self.content
-        if self.lfs:
-            held = (
-                f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
-            ).encode()
-        return hashlib.sha1(b"blob %d\0" % len(held) + held).hexdigest()
-
-
-@dataclass
-class Commit:
-    oid: str
-    summary: str
-    tree: dict[str, Entry]
-
-
-@dataclass
-class Repo:
-    private: bool = False
-    commits: list[Commit] = field(default_factory=lambda: [Commit("0" * 40, "initial commit", {})])
-    branches: dict[str, str] = field(default_factory=lambda: {"main": "0" * 40})
-
-    def at(self, revision: str) -> Commit | None:
-        oid = self.branches.get(revision, revision)
-        return next((commit for commit in self.commits if commit.oid == oid), None)
-
-
-class Refused(Exception):
-    """An HTTP error with the header by which the client picks the exception it raises."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
+from hub_store import Commit, Entry, Refused, Repo, described, through_lfs
 
 
 class LoopbackHub:
@@ -230,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         tree = self._commit_at(repo_id, revision).tree
         answers = []
         for file in json.loads(body)["files"]:
-            lfs = file["path"].endswith(LFS_SUFFIXES) or file["size"] >= LFS_SIZE
+            lfs = through_lfs(file["path"], file["size"])
             there = tree.get(file["path"])
             oid = None if there is None else there.sha256 if there.lfs else there.blob_id
             mode = "lfs" if lfs else "regular"
@@ -312,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
         folders = {path[: i.start()] for path in inside for i in re.finditer("/", path) if i.start() >= len(prefix)}
         folders = {name for name in folders if recursive or "/" not in name[len(prefix) :]}
         listed = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
-        self._json(listed + [_described(path, tree[path]) for path in sorted(files)])
+        self._json(listed + [described(path, tree[path]) for path in sorted(files)])
 
     def resolve(self, body: bytes, repo_id: str, revision: str, path: str) -> None:
         commit = self._commit_at(repo_id, revision)
@@ -330,13 +279,6 @@ class _Handler(BaseHTTPRequestHandler):
         if oid not in self.hub.objects:
             raise Refused(404, f"no object {oid}")
         self._send(200, self.hub.objects[oid], {"ETag": f'"{oid}"'})
-
-
-def _described(path: str, entry: Entry) -> dict[str, Any]:
-    info: dict[str, Any] = {"type": "file", "path": path, "oid": entry.blob_id, "size": len(entry.content)}
-    if entry.lfs:
-        info["lfs"] = {"oid": entry.sha256, "size": len(entry.content), "pointerSize": 134}
-    return info
 
 
 _ID = "([^/]+/[^/]+)"

@@ -1,90 +1,28 @@
-"""The same claims about every architecture of the table: logits kept, core step as defined, right parameters moved,
-both networks reload, the core generates."""
+"""The same claims about every architecture of the table: logits kept, core step as defined, right parameters moved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture, architecture
+from architecture_row import Architecture
+from architectures import ARCHITECTURES, architecture
+from cases import EVERY_CASE, RANK, Case, cast, distance, logits, with_core
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_masked import (
-    LowRankCoreConfig,
-    MaskedTrainer,
-    MaskedTrainingArguments,
-    add_core,
-    core_mode,
-    export,
-    extract_core,
-    get_core,
-    merge_full,
-)
+from hf_masked import LowRankCoreConfig, MaskedTrainer, MaskedTrainingArguments, add_core, get_core
 from hf_masked.reference import partial_sgd_step
 
 Values = dict[str, torch.Tensor]
-RANK = 4
-CONVERTED = [row for row in ARCHITECTURES if row.refused is None]
-# attention is converted, the experts stay dense in the core
-CONVERTED.append(architecture("mixtral", name="mixtral-dense-experts", refused=None))
-CORE_CONFIGS: dict[str, dict[str, Any]] = {"mixtral-dense-experts": {"exclude_modules": ["experts"]}}
 
 
-def core_config(row: Architecture, coupling: str) -> LowRankCoreConfig:
-    values = {"rank": RANK, "coupling": coupling, **CORE_CONFIGS.get(row.name, {})}
-    return LowRankCoreConfig.from_dict(values)
-
-
-def with_core(row: Architecture, coupling: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return add_core(row.build().to(dtype), core_config(row, coupling))
-
-
-def cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    floating = {name: v for name, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-    return {**inputs, **{name: value.to(dtype) for name, value in floating.items()}}
-
-
-def logits(row: Architecture, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(**(row.inputs() if inputs is None else inputs))[row.logits]
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """|found - expected| / |expected|."""
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
-@dataclass
-class Case:
-    """One architecture with one kind of core; nothing here is changed by a test."""
-
-    row: Architecture
-    coupling: str
-
-    @cached_property
-    def original(self) -> PreTrainedModel:
-        return self.row.build()
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        return with_core(self.row, self.coupling)
-
-    @property
-    def core(self) -> PreTrainedModel:
-        return get_core(self.model).model
-
-
-@pytest.fixture(scope="module", params=[(row, c) for row in CONVERTED for c in ("free", "shared")],
-                ids=lambda param: f"{param[0].name}-{param[1]}")  # fmt: skip
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    yield Case(*request.param)
+@pytest.fixture(scope="module", **EVERY_CASE)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(*request.param)
 
 
 # --- what add_core leaves alone --------------------------------------------------------------------------------------
@@ -317,77 +255,6 @@ def in_original(name: str) -> str:
         if name.endswith(suffix):
             return name.removesuffix(suffix) + ".weight"
     return name.replace(".B.bias", ".bias")
-
-
-# --- saving and loading ----------------------------------------------------------------------------------------------
-
-
-def test_both_reload_from_disk(case: Case, tmp_path: Path) -> None:
-    row, model = case.row, case.model
-    export(model, tmp_path)
-    full = row.auto.from_pretrained(tmp_path)
-    core = row.auto.from_pretrained(tmp_path, subfolder="core")
-
-    assert type(full) is type(core) is row.model_class
-    assert "quantization_config" not in (tmp_path / "config.json").read_text()
-    assert torch.equal(logits(row, full), logits(row, merge_full(model)))
-    torch.testing.assert_close(logits(row, full), logits(row, model), rtol=1e-4, atol=1e-4)
-    if case.coupling == "free":
-        assert torch.equal(logits(row, full), logits(row, case.original))
-    assert torch.equal(logits(row, core), logits(row, case.core))
-    assert torch.equal(logits(row, core), logits(row, extract_core(model)))
-    assert distance(logits(row, core), logits(row, full)) > 1e-2
-
-    core.save_pretrained(tmp_path / "again")
-    again = row.auto.from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(row, again), logits(row, core))
-
-    count = sum(p.numel() for p in case.core.parameters())
-    assert sum(p.numel() for p in core.parameters()) == count < sum(p.numel() for p in full.parameters())
-    stored = data_bytes(tmp_path / "core" / "model.safetensors")
-    # less where a class keeps its fixed positions out of checkpoints
-    assert 4 * count / 2 < stored <= sum(t.numel() * t.element_size() for t in own_tensors(core).values())
-
-
-def own_tensors(model: PreTrainedModel) -> dict[int, torch.Tensor]:
-    """What a checkpoint may hold: parameters and persistent buffers, tied ones once."""
-    return {t.data_ptr(): t for t in model.state_dict().values() if t.numel()}
-
-
-def data_bytes(file: Path) -> int:
-    """Bytes of tensors in a safetensors file: all but the header and its length."""
-    with file.open("rb") as opened:
-        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
-
-
-def test_dense_core_reloads_from_disk(case: Case, tmp_path: Path) -> None:
-    row = case.row
-    export(case.model, tmp_path, core_format="dense")
-    core = row.auto.from_pretrained(tmp_path, subfolder="core")
-
-    assert "quantization_config" not in (tmp_path / "core" / "config.json").read_text()
-    assert {n: p.shape for n, p in core.named_parameters()} == {
-        n: p.shape for n, p in case.original.named_parameters()
-    }
-    assert torch.equal(logits(row, core), logits(row, extract_core(case.model, "dense")))
-    torch.testing.assert_close(logits(row, core), logits(row, case.core), rtol=1e-3, atol=1e-3)
-    assert distance(logits(row, core), logits(row, case.original)) > 1e-2
-
-
-# --- generation ------------------------------------------------------------------------------------------------------
-
-
-def test_core_generates(case: Case) -> None:
-    if not case.row.prompt:
-        pytest.skip(f"{case.row.model_class.__name__} does not generate")
-    greedy = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
-    prompts = case.row.prompts()
-    before = case.model.generate(**prompts, **greedy)
-    with core_mode(case.model):
-        found = case.model.generate(**prompts, **greedy)
-    assert torch.equal(found, extract_core(case.model).generate(**prompts, **greedy))
-    assert torch.equal(case.model.generate(**prompts, **greedy), before), "the full network did not come back"
-    assert not torch.equal(found, before), "the core says what the full network says"
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

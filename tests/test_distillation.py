@@ -189,24 +189,44 @@ def drawn(buffer: ReplayBuffer, seed: int, updates: range = range(1, 33)) -> lis
 
 
 def test_buffer_keeps_the_newest_and_draws_purely() -> None:
-    buffer = filled(4, 9)
-    first = drawn(buffer, seed=0)
+    first = drawn(filled(4, 9), seed=0)
     assert set(first) == {5, 6, 7, 8}
     torch.manual_seed(17)
     torch.rand(3)
-    assert drawn(buffer, seed=0) == first, "the draw depends on the global random stream"
-    assert drawn(buffer, seed=0, updates=range(3, 4)) == first[2:3], "the draw depends on earlier ones"
-    assert drawn(buffer, seed=1) != first, "the draw ignores the seed"
+    assert drawn(filled(4, 9), seed=0) == first, "the draw depends on the global random stream"
+    assert drawn(filled(4, 9), seed=1) != first, "the draw ignores the seed"
+
+
+def test_buffer_draws_the_least_used_batch() -> None:
+    buffer = filled(4, 4)
+    rounds = [sorted(drawn(buffer, seed=0, updates=range(4 * n, 4 * n + 4))) for n in range(3)]
+    assert rounds == [[0, 1, 2, 3]] * 3, "a batch comes back before its turn"
+    buffer.add(batch(4), uses=1)
+    assert sorted(drawn(buffer, seed=0, updates=range(2))) == [4, 4], "the newest was used less than the others"
+    buffer.add(batch(5), uses=9)
+    assert 5 not in drawn(buffer, seed=0, updates=range(2, 10))
+
+
+@pytest.mark.parametrize(("capacity", "expected"), [(8, [False] * 3 + [True] * 3), (4, [False, True, True, True])])
+def test_batches_from_before_the_core_starts_are_kept_without_logits(
+    capacity: int, expected: list[bool], tmp_path: Path
+) -> None:
+    schedule = {"name": "ride_along", "core_updates": 2.0, "start": 3}
+    model = add_core(tiny(), LowRankCoreConfig(rank=4))
+    trainer = fit(tmp_path, model, max_steps=6, schedule=schedule, distill_buffer=capacity)
+    assert [b.microbatches[0].teaching is not None for b in trainer._replay.batches] == expected
 
 
 def test_buffer_comes_back_from_disk(tmp_path: Path) -> None:
     buffer, again = filled(12, 11), ReplayBuffer(12)
+    drawn(buffer, seed=0, updates=range(7))
     buffer.save(tmp_path)
     again.load(tmp_path)
     for was, now in zip(buffer.batches, again.batches, strict=True):
         assert difference(now.tensors(), was.tensors()) is None
         assert [m.teaching is None for m in now.microbatches] == [False, True]
     assert [p.name for p in tmp_path.iterdir()] == ["replay.safetensors"]
+    assert drawn(again, seed=2) == drawn(buffer, seed=2) != drawn(filled(12, 11), seed=2), "the uses are lost"
     assert buffer.bytes == again.bytes > 0
     assert tmp_path.joinpath("replay.safetensors").stat().st_size < 2 * buffer.bytes + 40_000
 

@@ -13,7 +13,7 @@ from common import arguments, difference, fit, log, phases, rows, tiny, values
 from torch.nn import functional as F
 from transformers import Trainer
 
-from hf_masked import MaskedTrainer, get_core
+from hf_masked import MaskedTrainer, extract_core, get_core
 
 RIDE = {"name": "ride_along", "core_updates": 1.5, "start": 2}
 
@@ -31,6 +31,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "accumulation": ("llama", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, {}),
     "clipping": ("gpt2", {"max_grad_norm": 0.05, "lr_scheduler_type": "cosine", "warmup_steps": 2}, {}),
     "bf16": ("llama", {"bf16": True, "eval_strategy": "steps", "eval_steps": 4}, {}),
+    "fp16": ("llama", {"fp16": True}, {}),
     "checkpointing": ("gpt2", {"gradient_checkpointing": True}, {}),
     "smoothing": ("gpt2", {"label_smoothing_factor": 0.2, "eval_strategy": "epoch"}, {}),
     "own loss": ("gpt2", {"gradient_accumulation_steps": 2}, {"compute_loss_func": weighted_loss}),
@@ -85,6 +86,22 @@ def test_ride_along_leaves_the_full_network_to_trainer(
     assert all("core" in key or "distill" in key for key in extra - {"loss_full", "phase"}), extra
     assert all(torch.isfinite(value).all() for value in values(riding.core_model).values())
     assert phases(riding) == ["full"] * 2 + ["full+core"] * 4
+
+
+def test_a_core_alone_is_trainer_on_the_extracted_core(setting: str, tmp_path: Path) -> None:
+    """The core's updates obey every setting as Trainer's do: same loss, clipping, precision, dropout."""
+    name, training, options = SETTINGS[setting]
+    extracted = extract_core(tiny(name, dropout=0.2, core="free"))
+    expected = fit(tmp_path / "plain", extracted, Trainer, trainer_options=options, **training)
+    alone = {"schedule": "core_only", "distill_weight": 0.0, "core_learning_rate_scale": 1.0}
+    found = fit(tmp_path / "core", tiny(name, dropout=0.2, core="free"), trainer_options=options, **training, **alone)
+    ours, theirs = values(found.core_model), values(expected.model)
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    other = fit(tmp_path / "seed", extract_core(tiny(name, dropout=0.2, core="free")), Trainer, seed=43,
+                trainer_options=options, **training)  # fmt: skip
+    assert max((ours[key] - value).abs().max() for key, value in values(other.model).items()) > 1e-3
 
 
 def test_what_would_break_the_identity_does(plain: Callable[[str], Any], tmp_path: Path) -> None:

@@ -19,14 +19,22 @@ from common import fit, rows, tiny, values
 from safetensors.torch import save_file
 
 folder, size = Path(sys.argv[1]), int(sys.argv[2])
-for name, schedule in {"ride": {"name": "ride_along", "core_updates": 1.5, "start": 1}, "alternate": "alternate",
-                       "sum": "sum"}.items():
-    trainer = fit(folder / f"run-{size}", tiny("gpt2").double(), core="low_rank", core_config={"rank": 4}, schedule=schedule,
+core = {"core": "low_rank", "core_config": {"rank": 4}}
+runs = {
+    "ride": core | {"schedule": {"name": "ride_along", "core_updates": 1.5, "start": 1}},
+    "alternate": core | {"schedule": "alternate"},
+    "sum": core | {"schedule": "sum"},
+    "badam": {"method": "badam", "method_config": {"every": 1}},
+    "topk_ef": {"method": "topk_ef", "method_config": {"density": 0.1}},
+}
+for name, options in runs.items():
+    trainer = fit(folder / f"run-{size}", tiny("gpt2").double(), **options,
                   optim="sgd", learning_rate=0.05, max_steps=4, per_device_train_batch_size=size,
                   ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, trainer_options={"train_dataset": rows(16)})
     if trainer.is_world_process_zero():
         found = values(trainer.accelerator.unwrap_model(trainer.model))
-        found |= {f"core.{n}": v for n, v in values(trainer.core_model).items()}
+        if "core" in options:
+            found |= {f"core.{n}": v for n, v in values(trainer.core_model).items()}
         save_file({n: v.contiguous() for n, v in found.items()}, folder / f"{name}-{size}.safetensors")
 """
 TESTS = Path(__file__).resolve().parent
@@ -53,11 +61,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("name", ["ride", "alternate", "sum"])
+@pytest.mark.parametrize("name", ["ride", "alternate", "sum", "badam", "topk_ef"])
 def test_two_processes_are_one(name: str, folder: Path) -> None:
     one, two = (load_file(folder / f"{name}-{size}.safetensors") for size in (8, 4))
     assert set(one) == set(two)
     assert max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-6
     other = load_file(folder / f"{'sum' if name == 'ride' else 'ride'}-8.safetensors")
-    assert max(float((one[n] - other[n]).abs().max()) for n in one) > 1e-4, "the schedules are not told apart"
+    assert max(float((one[n] - other[n]).abs().max()) for n in one) > 1e-4, "the runs are not told apart"
     assert all(torch.isfinite(value).all() for value in one.values())

@@ -24,7 +24,7 @@ from kit.flops import StepCosts, count_flops  # noqa: E402
 from kit.sources import load_splits  # noqa: E402
 from kit.table import render, spread  # noqa: E402
 from kit.tokenizer import train_tokenizer  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: E402
 
 from hf_masked import MaskedTrainingArguments  # noqa: E402
 
@@ -100,6 +100,31 @@ def test_causal_lm_compares_and_exports(tmp_path: Path) -> None:
     rows = load_from_disk(cache / "splits")["validation"]
     core = AutoModelForCausalLM.from_pretrained(tmp_path / "out", subfolder="core").eval()
     assert score(core, rows, 32)["loss"] == pytest.approx(results["networks"][1]["scores"]["loss"], abs=1e-5)
+
+
+def test_causal_lm_fine_tunes_with_an_adapter_for_a_core(tmp_path: Path) -> None:
+    """A decoder trained a little is the base; what is reloaded and scored is its adapter, on that base."""
+    config = AutoConfig.for_model("llama", **TINY_LLAMA, vocab_size=400, max_position_embeddings=16)
+    base = AutoModelForCausalLM.from_config(config)
+    base.save_pretrained(tmp_path / "base")
+    train_tokenizer(["some words to split, and some more words"] * 4, 300).save_pretrained(tmp_path / "base")
+    common = (
+        *("--core", "lora", "--core_config", '{"r": 2}', "--output_dir", str(tmp_path / "out")),
+        *("--corpus_characters", "30000", "--vocab_size", "400", "--block_size", "16", "--max_eval_samples", "32"),
+        *("--cache_dir", str(tmp_path / "cache"), "--max_steps", "4", "--report_to", "none", "--sample_tokens", "3"),
+    )
+    arms = ["full_alone", "svd", "joint"]
+    run("causal_lm.py", *common, "--model_name_or_path", str(tmp_path / "base"), "--compare", "--compare_arms", *arms)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    full, core = results["networks"]
+    alone, svd, joint = results["runs"]
+    assert joint["full"]["loss"] == alone["full"]["loss"] != svd["core"]["loss"]
+    assert core["scores"]["loss"] == pytest.approx(joint["core"]["loss"], abs=2e-4)
+    adapter = tmp_path / "out/adapter/adapter_model.safetensors"
+    assert core["bytes_on_disk"] == adapter.stat().st_size < full["bytes_on_disk"] / 2
+    assert core["parameters"] > full["parameters"], "the base and the adapter on it"
+    with pytest.raises(AssertionError, match=r"needs a pretrained one.*--model_name_or_path"):
+        run("causal_lm.py", *common, "--model_config", json.dumps(TINY_LLAMA))
 
 
 def test_translation_scores_both_networks(tmp_path: Path) -> None:

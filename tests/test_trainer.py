@@ -103,9 +103,10 @@ def test_learning_rates_follow_their_curves(curve: str, tmp_path: Path) -> None:
         assert rates[network] == pytest.approx([scale * 1e-2 * (1 - t / 6) for t in steps[network]])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"core loss.*core_learning_rate_scale"):
-        fit(tmp_path, tiny(core="free"), schedule="core_only", optim="sgd", learning_rate=1e30, max_grad_norm=0.0)
+def test_losses_that_stay_infinite_stop_the_run(tmp_path: Path) -> None:
+    options = {"optim": "sgd", "learning_rate": 1e30, "max_grad_norm": 0.0, "max_steps": 20}
+    with pytest.raises(FloatingPointError, match=r"10 update steps in a row.*core_learning_rate_scale"):
+        fit(tmp_path, tiny(core="free"), schedule="core_only", **options)
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def test_seq2seq_generates_with_both(tmp_path: Path) -> None:
         return {"mean": float(prediction.predictions.mean())}
 
     args = arguments(
-        tmp_path, MaskedSeq2SeqTrainingArguments, predict_with_generate=True, generation_max_length=8, max_steps=2
+        tmp_path, MaskedSeq2SeqTrainingArguments, predict_with_generate=True, generation_max_length=8, max_steps=4
     )
     trainer = MaskedSeq2SeqTrainer(model, args, train_dataset=data, eval_dataset=data, compute_metrics=compute)
     trainer.train()

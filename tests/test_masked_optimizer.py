@@ -1,0 +1,180 @@
+"""Entries with update_mask 0 keep their bits under any optimizer; the others move as if there were no mask."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from hf_masked.masked_optimizer import FEW, MaskedSteps, StepMask, place_state
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
+    "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, amsgrad=True, foreach=False),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, centered=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.1),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.1),
+}
+DENSITIES = {"few": FEW / 2, "half": 0.5}
+SHAPE = (40, 25)
+
+
+def gradient(step: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+
+def run(
+    make: Any, mask: Any, policy: str, steps: int = 5, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any, list[Any]]:
+    """The parameter, the optimizer, and copies of the parameter and its state before every step."""
+    parameter = nn.Parameter(gradient(99, dtype))
+    parameter.data[0, 0] = -0.0
+    optimizer = make([parameter])
+    masked, seen = MaskedSteps(optimizer), []
+    for t in range(steps):
+        # the first step lets everything move, so that there is state to hold
+        masked.obey(StepMask({"w": parameter}, {"w": mask}, policy) if t and mask is not None else None)
+        parameter.grad = gradient(t, dtype)
+        seen.append((parameter.detach().clone(), entries(optimizer, parameter)))
+        optimizer.step()
+    return parameter.detach(), optimizer, [*seen, (parameter.detach().clone(), entries(optimizer, parameter))]
+
+
+def entries(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    state = optimizer.state.get(parameter, {})
+    return {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == parameter.shape}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.view(words) == b.view(words)
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_held_entries_keep_their_bits_and_the_others_move_as_without_a_mask(name: str, density: str) -> None:
+    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < DENSITIES[density]
+    held, _, seen = run(OPTIMIZERS[name], mask, "freeze")
+    free, _, _ = run(OPTIMIZERS[name], None, "freeze")
+    (start, state), (end, last) = seen[1], seen[-1]
+    assert same_bits(start, end)[~mask].all()
+    assert all(same_bits(state[key], last[key])[~mask].all() for key in state)
+    torch.testing.assert_close(held[mask], free[mask])
+    assert not torch.isclose(free[~mask], end[~mask]).all(), "negative control: without a mask these move"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("policy", ["freeze", "decay", "reset"])
+def test_state_policies(policy: str, density: str, dtype: torch.dtype) -> None:
+    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < DENSITIES[density]
+    _, _, seen = run(OPTIMIZERS["AdamW foreach"], mask, policy, dtype=dtype)
+    for (x, before), (y, after) in itertools.pairwise(seen[1:]):
+        assert same_bits(x, y)[~mask].all() and (x != y)[mask].float().mean() > 0.9
+        for key, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)):
+            old, new = before[key][~mask].double(), after[key][~mask].double()
+            expected = {"freeze": old, "decay": beta * old, "reset": 0 * old}[policy]
+            tolerance = {} if dtype != torch.bfloat16 else {"rtol": 0.02, "atol": 1e-6}
+            torch.testing.assert_close(new, expected, **tolerance or {"rtol": 1e-5, "atol": 1e-8})
+
+
+def two() -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer, MaskedSteps]:
+    parameters = {"a": nn.Parameter(torch.ones(4)), "b": nn.Parameter(torch.ones(4))}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    return parameters, optimizer, MaskedSteps(optimizer)
+
+
+@pytest.mark.parametrize("policy", ["freeze", "decay", "reset"])
+def test_a_tensor_held_as_a_whole_costs_nothing(policy: str) -> None:
+    """No state is made for it; what it had is left, decays, or is dropped."""
+    parameters, optimizer, steps = two()
+    for t in range(3):
+        for p in parameters.values():
+            p.grad = torch.full((4,), 1.0 + t)
+        steps.obey(StepMask(parameters, {"a": t == 1}, policy))
+        before = parameters["a"].detach().clone()
+        average = optimizer.state[parameters["a"]]["exp_avg"].clone() if t == 2 else None
+        optimizer.step()
+        assert torch.equal(before, parameters["a"]) is (t != 1)
+        if t == 0:
+            assert list(optimizer.state) == [parameters["b"]]
+    if policy == "reset":
+        assert parameters["a"] not in optimizer.state
+    else:
+        factor = 0.9 if policy == "decay" else 1.0
+        torch.testing.assert_close(optimizer.state[parameters["a"]]["exp_avg"], factor * average)
+    assert int(optimizer.state[parameters["b"]]["step"]) == 3
+
+
+def test_state_of_resting_tensors_lies_elsewhere() -> None:
+    parameters, optimizer, _ = two()
+    for p in parameters.values():
+        p.grad = torch.ones(4)
+    optimizer.step()
+    place_state(optimizer, parameters.values(), resting={parameters["a"]}, where="meta")
+    devices = {n: optimizer.state[p]["exp_avg"].device.type for n, p in parameters.items()}
+    assert devices == {"a": "meta", "b": "cpu"}
+
+
+@pytest.mark.gpu
+def test_offloaded_state_trains_on_as_if_it_had_stayed() -> None:
+    finals = []
+    for offload in (False, True):
+        parameters = {n: nn.Parameter(torch.ones(4, device="cuda")) for n in ("a", "b")}
+        optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+        steps = MaskedSteps(optimizer)
+        for t in range(6):
+            for p in parameters.values():
+                p.grad = torch.full((4,), 1.0 + t, device="cuda")
+            mask = {"a": t % 2 == 0, "b": t % 2 == 1}
+            steps.obey(StepMask(parameters, mask, "freeze", offload))
+            optimizer.step()
+            resting = parameters["b" if t % 2 == 0 else "a"]
+            if t and offload:
+                assert optimizer.state[resting]["exp_avg"].device.type == "cpu"
+        finals.append([p.detach().cpu() for p in parameters.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
+
+
+FACTORED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "torch": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    "transformers": lambda p: transformers.Adafactor(p, lr=0.1, relative_step=False, scale_parameter=False),
+}
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("name", FACTORED)
+def test_state_that_is_not_per_entry(name: str, density: str) -> None:
+    """Adafactor's rows and columns can go on without a gradient, but cannot be held entry by entry."""
+    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < DENSITIES[density]
+    _, _, seen = run(FACTORED[name], mask, "decay")
+    assert same_bits(seen[1][0], seen[-1][0])[~mask].all()
+    assert (seen[1][0] != seen[-1][0])[mask].all()
+    for policy in ("freeze", "reset"):
+        with pytest.raises(ValueError, match=r'(?s)got Adafactor, whose state.*"decay".*--optim'):
+            run(FACTORED[name], mask, policy)
+
+
+def test_learning_rates_of_single_tensors() -> None:
+    """A factor on the rate scales the whole of AdamW's step, decay included; the groups are as they were afterwards."""
+    moved = {}
+    for factor in (1.0, 0.25):
+        parameters, optimizer, steps = two()
+        groups = optimizer.param_groups[:]
+        for p in parameters.values():
+            p.grad = torch.ones(4)
+        steps.obey(StepMask(parameters, {}, rates={"a": factor}))
+        optimizer.step()
+        assert optimizer.param_groups == groups and optimizer.param_groups[0]["lr"] == 0.1
+        moved[factor] = {n: 1 - p.detach() for n, p in parameters.items()}
+    torch.testing.assert_close(moved[0.25]["a"], 0.25 * moved[1.0]["a"])
+    torch.testing.assert_close(moved[0.25]["b"], moved[1.0]["b"])

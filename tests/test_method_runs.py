@@ -1,0 +1,172 @@
+"""Methods in whole runs: interrupted and resumed, together with a core, logged, and refused where they have no meaning."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import difference, fit, log, moved, tiny, values
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
+from hf_masked import MaskedTrainer, get_core
+
+SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+
+# name -> (checkpoint to resume from, options); each begins in the middle of what it does
+RESUMED: dict[str, tuple[int, dict[str, Any]]] = {
+    "topk_ef": (3, {"density": 0.05}),
+    "fisher": (2, {"batches": 3, "density": 0.1}),
+    "gmp": (3, {"density": {"name": "linear", "start": 1.0, "end": 0.1, "every": 2}}),
+    "rigl": (4, {"every": 2, "until": 1.0}),
+    "badam": (3, {"every": 2}),
+    "rand_k": (3, {"every": 2, "density": {"name": "piecewise", "steps": [2, 4], "values": [0.5, 0.3, 0.2]}}),
+}
+
+
+def run(folder: Path, name: str, resume: Path | None = None, **changes: Any) -> Any:
+    options = {"method": name, "method_config": RESUMED[name][1]}
+    return fit(folder, tiny(seed=1 if resume else 0, dropout=0.1), resume=resume, **SAVED | options | changes)
+
+
+def everything(trainer: Any) -> dict[str, Any]:
+    last = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    return {
+        "model": values(trainer.model),
+        "optimizer": trainer.optimizer.state_dict(),
+        "method": {p.name: load_file(p) for p in last.glob("joint/method.safetensors")},
+        "log": [{k: v for k, v in row.items() if k != "total_flos"} for row in log(trainer)][:-1],
+    }
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
+    straight = run(tmp_path / "straight", name)
+    expected = everything(straight)
+    assert bool(expected["method"]) is (name not in ("badam", "rand_k"))
+    start = Path(shutil.copytree(tmp_path / f"straight/checkpoint-{RESUMED[name][0]}", tmp_path / "start"))
+    assert difference(everything(run(tmp_path / "resumed", name, start)), expected) is None
+    state = start / "joint" / "method.safetensors"
+    if not state.exists():
+        return
+    with pytest.raises(ValueError, match=f"made with the method '{name}'.*--method"):
+        run(tmp_path / "other", "gmp" if name != "gmp" else "rigl", start)
+    state.unlink()
+    with pytest.raises(ValueError, match=r"method\.safetensors.*cannot be read.*--method"):
+        run(tmp_path / "lost", name, start)
+
+
+def test_scalars_are_logged_when_they_change(tmp_path: Path) -> None:
+    rows = [row for row in log(run(tmp_path, "rand_k", save_strategy="no")) if "loss" in row]
+    assert [row.get("method_density") for row in rows] == [0.5, None, 0.3, None, 0.2, None]
+
+
+def test_the_saved_network_is_sparse(tmp_path: Path) -> None:
+    model = fit(tmp_path, tiny(), method="rigl", method_config={"density": 0.2, "every": 2}, max_steps=5).model
+    matrices = [p for n, p in model.named_parameters() if "layers" in n and p.ndim == 2]
+    kept = sum(int(p.count_nonzero()) for p in matrices) / sum(p.numel() for p in matrices)
+    assert kept == pytest.approx(0.2, abs=0.01)
+    plain = fit(tmp_path, tiny(), max_steps=2).model
+    assert all(p.count_nonzero() == p.numel() for n, p in plain.named_parameters() if "layers" in n)
+
+
+class Overflows(MaskedTrainer):
+    """The loss of the third update step is not finite."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("inf") if self.state.global_step == 2 else loss
+
+
+def test_a_gradient_that_is_not_finite_is_not_remembered(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, tiny(), Overflows, method="topk_ef", max_grad_norm=0.0)
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert all(error.isfinite().all() for error in trainer.plan.full.grad_mask.error.values())
+    assert trainer._skipped.total == 1
+    control = fit(tmp_path, tiny(), Overflows, method="sgd", max_grad_norm=0.0)
+    assert not all(p.isfinite().all() for p in control.model.parameters()), "negative control: it has to overflow"
+
+
+# --- together with a core ----------------------------------------------------------------------------------------------
+
+
+def test_sgd_is_plain_trainer(tmp_path: Path) -> None:
+    ours, plain = fit(tmp_path, tiny(dropout=0.1), method="sgd"), fit(tmp_path, tiny(dropout=0.1), Trainer)
+    assert difference(values(ours.model), values(plain.model)) is None
+    assert difference(log(ours), log(plain)) is None
+
+
+def test_a_method_on_core_updates_leaves_the_full_network_to_trainer(tmp_path: Path) -> None:
+    ride = {"name": "ride_along", "core_updates": 2, "start": 2}
+    options = {"method": "parameters", "method_config": {"trained": ".*layers.*", "apply_to": "core"}}
+    trainer = fit(tmp_path, tiny(dropout=0.1), core="low_rank", core_config={"rank": 4}, schedule=ride, **options)
+    plain = fit(tmp_path, tiny(dropout=0.1), Trainer)
+    assert difference(values(trainer.model), values(plain.model)) is None
+    free = fit(tmp_path, tiny(dropout=0.1), core="low_rank", core_config={"rank": 4}, schedule=ride)
+    mine, other = values(trainer.core_model), values(free.core_model)
+    outside = {n for n in mine if "layers" not in n and not torch.equal(mine[n], other[n])}
+    assert outside == {n for n in mine if "layers" not in n}, "negative control: without the method these train"
+
+
+@pytest.mark.parametrize("schedule", ["alternate", "sum"])
+def test_both_networks_obey(schedule: str, tmp_path: Path) -> None:
+    model = tiny(core="free")
+    before, core_before = values(model), values(get_core(model).model)
+    where = "both" if schedule == "alternate" else "full"
+    options = {"trained": ".*layers.*", "apply_to": where}
+    fit(tmp_path, model, schedule=schedule, method="parameters", method_config=options, max_steps=4)
+    for old, network in ((before, model), (core_before, get_core(model).model)):
+        assert moved(old, network) == {n for n in old if "layers" in n}
+        assert all(p.requires_grad for p in network.parameters())
+
+
+# --- refused before the first step -------------------------------------------------------------------------------------
+
+CORE = {"core": "low_rank", "core_config": {"rank": 4}}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"method": "adam"}, "method 'adam'.*one of.*--method"),
+    ({"method": "top_k", "method_config": {"k": 3}}, "'k'.*density.*--method_config"),
+    ({"method": "top_k", "method_config": {"density": 0}}, "density=0.*--method_config"),
+    ({"method": "top_k", "method_config": '{"density": '}, "valid JSON"),
+    ({"method": "top_k", "method_config": {"scope": "layer"}}, "scope='layer'.*--method_config"),
+    ({"method": "top_k", "method_config": {"state_policy": "keep"}}, "state_policy='keep'.*--method_config"),
+    ({"method": "top_k", "method_config": {"apply_to": "all"}}, "apply_to='all'.*--method_config"),
+    ({"method": "top_k", "method_config": {"apply_to": "core"}}, "apply_to core.*--core"),
+    ({"method_config": {"density": 0.1}}, "density.*--method_config"),
+    ({"method": "fixed"}, "without.*file.*--method_config"),
+    ({"method": "fixed", "method_config": {"file": "nowhere"}}, "file='nowhere'.*safetensors"),
+    ({"method": "parameters", "method_config": {"trained": "lm_haed.*"}}, "lm_haed.*matches no parameter"),
+    ({"method": "badam", "method_config": {"every": 0}}, "every=0.*--method_config"),
+    ({"method": "lisa", "method_config": {"blocks": 0}}, "blocks=0.*--method_config"),
+    ({"method": "freeze_out", "method_config": {"t0": 0}}, "t0=0.*--method_config"),
+    ({"method": "rigl", "method_config": {"distribution": "even"}}, "distribution='even'"),
+    (
+        {"method": "rigl"} | {"core": "low_rank", "core_config": {"rank": 4, "coupling": "shared"}},
+        "shared.*coupling free",
+    ),
+    ({"method": "top_k", "optim": "adafactor"}, "adafactor.*decay.*--optim"),
+    ({"method": "top_k", "schedule": "core_only"} | CORE, "core_only.*apply_to"),
+    (
+        {"method": "top_k", "method_config": {"apply_to": "core"}, "schedule": "full_only"} | CORE,
+        "full_only.*apply_to",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED, ids=str)
+def test_bad_options_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"(?s)got .*{message}"):
+        fit(tmp_path, tiny(), **given)
+
+
+@pytest.mark.parametrize(
+    "misfit", [{"no.such.weight": (3,)}, {"model.norm.weight": (31,)}, {"model.norm.weight": (1, 32)}], ids=str
+)
+def test_a_mask_of_another_model_is_refused(misfit: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "mask.safetensors"
+    save_file({name: torch.ones(shape, dtype=torch.bool) for name, shape in misfit.items()}, file)
+    with pytest.raises(ValueError, match=r"(?s)got a mask of shape .*broadcasts.*--method_config"):
+        fit(tmp_path, tiny(), method="fixed", method_config={"file": str(file)})
