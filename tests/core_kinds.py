@@ -21,11 +21,11 @@ Values = dict[str, torch.Tensor]
 
 
 def of_readme() -> dict[str, Any]:
-    """What the README's own example of a core defines."""
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    """What the guide's own example of a core defines."""
+    text = (Path(__file__).parent.parent / "hf_masked" / "README.md").read_text(encoding="utf-8")
     (example,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class RoundedCore" in block)
     module = sys.modules["example_of_readme"] = ModuleType("example_of_readme")
-    exec(compile(example, "README.md", "exec", dont_inherit=True), vars(module))
+    exec(compile(example, "hf_masked/README.md", "exec", dont_inherit=True), vars(module))
     return vars(module)
 
 

@@ -34,7 +34,7 @@ class LowRankCoreConfig(CoreConfig):
 
     Cost: parameters r (n + m) for a target of n m; one SVD per target at each split.
 
-    Source: Mohtashami, Jaggi, Stich, AISTATS 2022 for "shared"; "free" deviates from it (see README).
+    Source: Mohtashami, Jaggi, Stich, AISTATS 2022 for "shared"; "free" deviates from it (see hf_masked/README.md).
 
     >>> LowRankCoreConfig(rank=0.25, target_modules=["q_proj", "v_proj"]).resolve_rank("h.0.q_proj", 64, 32)
     8
