@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from common import arguments, difference, fit, rows, tiny, values
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import (
     HfArgumentParser,
@@ -219,7 +219,7 @@ def adapted() -> nn.Module:
 
 def with_adapter() -> nn.Module:
     model = tiny()
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
     return model
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import cast_adapter_dtype
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
@@ -93,7 +95,12 @@ class LoraCore(MergingCore):
 
     def write(self, folder: str | Path, core_format: str, max_shard_size: int | str = "50GB") -> None:
         """What `PeftModel.from_pretrained(base, folder)` of PEFT loads; in one file, since PEFT reads no shards."""
-        self.model.save_pretrained(folder, max_shard_size=2**62)
+        network: Any = self.model
+        state = get_peft_model_state_dict(network, adapter_name=_NAME)
+        path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({f"base_model.model.{n}": t.contiguous() for n, t in state.items()}, path, {"format": "pt"})
+        network.peft_config[_NAME].save_pretrained(folder)
 
     def fingerprint(self) -> dict[str, Any]:
         """Cost: one pass over the base weights, on the CPU."""
@@ -206,7 +213,9 @@ def _with_adapter(model: PreTrainedModel, config: LoraCoreConfig) -> PreTrainedM
         # PEFT says so wherever a model has layers of both kinds, and then does the right thing for each
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
         try:
-            network.add_adapter(adapter, _NAME)
+            # not add_adapter of Transformers, some releases of which ask for a PEFT that is yet to come
+            inject_adapter_in_model(adapter, network, _NAME)
+            network._hf_peft_config_loaded = True
         except ValueError as error:
             names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if type(m) in _CONVERTED})
             raise ValueError(
@@ -214,7 +223,7 @@ def _with_adapter(model: PreTrainedModel, config: LoraCoreConfig) -> PreTrainedM
                 f"PEFT says: {error} Needs linear layers among {names}; set target_modules in --core_config"
             ) from error
     cast_adapter_dtype(network, _NAME)
-    adapter.base_model_name_or_path = adapter.base_model_name_or_path or None
+    adapter.base_model_name_or_path = network.name_or_path or None
     adapter.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     adapter.inference_mode = True  # what a loaded adapter is, unless it is asked to train
     return network
