@@ -11,7 +11,6 @@ holds the full network, its core in `core/`, a plot, a table and `results.json`.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +22,7 @@ from datasets import Dataset, DatasetDict
 from kit.arguments import RecipeArguments, parse
 from kit.cache import prepared
 from kit.corpus import corpus_key, docstring_corpus
+from kit.processes import run_main
 from kit.run import run_recipe
 from kit.sources import load_splits
 from kit.task import Metric, Scores, Task
@@ -205,4 +205,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

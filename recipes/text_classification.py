@@ -10,7 +10,6 @@ recipes: the full network, its core, a plot and a table; `--compare` adds the al
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from kit.arguments import RecipeArguments, parse
 from kit.cache import prepared
 from kit.methods import run_methods
+from kit.processes import run_main
 from kit.run import run_recipe
 from kit.sources import load_splits
 from kit.task import Metric, Scores, Task
@@ -243,4 +243,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

@@ -10,7 +10,6 @@ then holds the full network, its core in `core/`, a plot, a table and `results.j
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from kit.arguments import RecipeArguments, parse
 from kit.cache import prepared
+from kit.processes import run_main
 from kit.run import run_recipe
 from kit.sources import load_splits
 from kit.task import Metric, Scores, Task
@@ -213,4 +213,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

@@ -15,6 +15,7 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 import torch
+from accelerate import PartialState
 from common import fit, rows, tiny, values
 from safetensors.torch import save_file
 
@@ -36,6 +37,8 @@ for name, options in runs.items():
         if "core" in options:
             found |= {f"core.{n}": v for n, v in values(trainer.core_model).items()}
         save_file({n: v.contiguous() for n, v in found.items()}, folder / f"{name}-{size}.safetensors")
+PartialState().wait_for_everyone()
+PartialState().destroy_process_group()
 """
 TESTS = Path(__file__).resolve().parent
 
@@ -48,7 +51,7 @@ def launch(folder: Path, processes: int, size: int) -> None:
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run = subprocess.run(
-        [*command, str(script), str(folder), str(size)], env=env, capture_output=True, text=True, timeout=200
+        [*command, str(script), str(folder), str(size)], env=env, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr[-3000:]
 

@@ -16,6 +16,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
+from accelerate import PartialState
 from common import arguments, fit, rows, tiny
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import Trainer, TrainerCallback
@@ -57,6 +58,8 @@ except ValueError as error:
     told["refused"] = str(error)
 if torch.distributed.get_rank() == 0:
     (folder / "told.json").write_text(json.dumps(told))
+PartialState().wait_for_everyone()
+PartialState().destroy_process_group()
 """
 
 
@@ -67,7 +70,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "recipes" / "accelerate" / "cpu_ddp.yaml"), str(folder / "train.py"), str(folder)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads((folder / "told.json").read_text())
 
