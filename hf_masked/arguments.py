@@ -45,8 +45,10 @@ class MaskedArgumentsMixin:
         metadata={
             "help": "JSON of the core's options. All kinds: coupling (free | shared), split_at, split_every. low_rank, "
             "e.g. '{\"rank\": 0.125}': rank (int, or float as a fraction of "
-            "min(in, out)), rank_pattern, target_modules ('all-linear', names, or a regular expression), "
-            "exclude_modules, init (svd | random), private (none | norms | biases | embeddings | all). lora, e.g. '{\"r\": 8}': "
+            "min(in, out), or chosen by singular values: 'energy:0.9', 'stable'), rank_pattern, budget (in place of rank: the "
+            "share of the targets' parameters that the core has, distributed over layers), target_modules ('all-linear', names, "
+            "or a regular expression), exclude_modules, init (svd | activation: nearest in outputs on the last batches, of "
+            "which calibration_batches | random), private (none | norms | biases | embeddings | all). lora, e.g. '{\"r\": 8}': "
             "PEFT's own names: r, lora_alpha, target_modules, exclude_modules, rank_pattern, alpha_pattern, "
             "modules_to_save, lora_dropout, use_rslora, init_lora_weights, task_type. "
             "depth: keep, keep_encoder, keep_decoder (a fraction of the blocks, or their numbers). width: neurons, heads (a "

@@ -181,6 +181,22 @@ class ForwardPassMixin(JointHooks):
         self.model.train(training)
         return teaching
 
+    def _show_inputs(self, inputs: Any) -> None:
+        """Let a core that is split by what its layers get look at the full network's passes over the newest batches."""
+        core = self._the_core()
+        observing = core.observe(self.model)
+        if observing is None:
+            return
+        count: int = core.config.calibration_batches  # type: ignore[attr-defined]
+        newest = list(self._replay.batches)[-count:] if count else []
+        batches = [microbatch.inputs for batch in newest for microbatch in batch.microbatches]
+        seed = self._now().info.random_seed("calibration")
+        with own_random_stream(seed, self.args.device), self._host_metrics_apart(), observing as moments:
+            for batch in [*batches, inputs]:
+                with self.compute_loss_context_manager():
+                    self._loss_and_outputs(self.model, dict(self._prepare_inputs(batch)))
+        core.moments = {name: self.accelerator.reduce(moment, "sum") for name, moment in moments.items()}
+
     @contextmanager
     def _host_metrics_apart(self) -> Iterator[None]:
         """Keep what a host trainer (TRL's do) measures in compute_loss about the full network's passes only."""

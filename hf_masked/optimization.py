@@ -93,6 +93,19 @@ def split_steps(config: Any, schedule: Schedule, max_steps: int) -> set[int]:
     return steps | (set(range(config.split_every, max_steps, config.split_every)) if config.split_every else set())
 
 
+def refuse_no_split(core: Any, schedule: Schedule) -> None:
+    """Refuse a core that is to be near the full network on its inputs and would never look at any.
+
+    Raises: ValueError.
+    """
+    if getattr(core, "by_activation", False) and not core.calibrated and not split_steps(core.config, schedule, 100):
+        raise ValueError(
+            f"got init='activation' with the schedule {schedule}, which never splits the core; needs a split or calibration "
+            "before, because the core is fitted to inputs and has seen none; set split_at in --core_config, or call "
+            "add_core(model, config, calibration=batches) first"
+        )
+
+
 def refuse_unsupported(trainer: Any, what: str) -> None:
     """Refuse, before any training, what `what` ("a core", or "a method" where there is none) would do wrongly.
 

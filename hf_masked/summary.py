@@ -1,7 +1,7 @@
 """Sizes of both networks: parameters, bytes, operations per token."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -27,10 +27,11 @@ class NetworkSize:
 
 @dataclass(frozen=True)
 class CoreSummary:
-    """Sizes of the full network and of its core; `str()` is a table."""
+    """Sizes of the full network and of its core, and module path -> rank of a low-rank one; `str()` is a table."""
 
     full: NetworkSize
     core: NetworkSize
+    ranks: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [f"{'':10}{'parameters':>15}{'bytes':>17}{'FLOPs/token':>17}"]
@@ -39,7 +40,14 @@ class CoreSummary:
         ratios = [self.core.parameters / self.full.parameters, self.core.bytes / self.full.bytes]
         ratios.append(self.core.flops_per_token / max(self.full.flops_per_token, 1))
         rows.append(f"{'core/full':10}{ratios[0]:>15.1%}{ratios[1]:>17.1%}{ratios[2]:>17.1%}")
-        return "\n".join(rows)
+        return "\n".join(rows + self._rank_lines())
+
+    def _rank_lines(self) -> list[str]:
+        by_name: dict[str, list[int]] = {}
+        for path, rank in self.ranks.items():
+            by_name.setdefault(path.rpartition(".")[2], []).append(rank)
+        spans = (f"{name} {min(r)}-{max(r)}" if min(r) < max(r) else f"{name} {r[0]}" for name, r in by_name.items())
+        return ["ranks: " + ", ".join(spans)] if by_name else []
 
 
 def core_summary(model: PreTrainedModel) -> CoreSummary:
@@ -52,7 +60,7 @@ def core_summary(model: PreTrainedModel) -> CoreSummary:
     # the full network that is exported holds W alone, not its parts
     parts = {id(p) for m in full.modules() if isinstance(m, MergedLinear) for p in (m.A, m.B)}
     of_full = [p for p in full.parameters() if id(p) not in parts]
-    return CoreSummary(_size(of_full, full), _size(core.weights(), core.model))
+    return CoreSummary(_size(of_full, full), _size(core.weights(), core.model), getattr(core, "ranks", {}))
 
 
 def network_size(model: nn.Module) -> NetworkSize:

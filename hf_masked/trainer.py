@@ -27,6 +27,7 @@ from .optimization import (
     add_core_parameters,
     make_core_optimizer,
     make_core_scheduler,
+    refuse_no_split,
     refuse_unsupported,
     split_steps,
     updates_of,
@@ -104,6 +105,7 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._trains_slots = True
         self.plan = within_core(plan or args.make_plan(), self._the_core().update_mask())
         refuse_unsupported(self, "a core")
+        refuse_no_split(self._the_core(), self.plan.schedule)
         for phase in (self.plan.full, self.plan.core):
             refuse_meaningless(phase, self._trained(phase), args)
         if self.args.max_steps > 0:

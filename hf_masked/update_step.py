@@ -33,7 +33,7 @@ class UpdateStepMixin(WatchedStepMixin):
         if not self._trains_slots:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._step is None:
-            self._begin_step()
+            self._begin_step(inputs)
         try:
             return self._first_update(model, inputs, num_items_in_batch)
         except BaseException:
@@ -74,19 +74,23 @@ class UpdateStepMixin(WatchedStepMixin):
         assert self._step is not None, "asked for the update step outside of one"
         return self._step
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, inputs: Any) -> None:
         info = StepInfo(self.state.global_step, self.state.max_steps, getattr(self.args, "mask_seed", 0))
         self._step = step = UpdateStep(info, self.plan.phases(info))
         if self._joint:
-            self._take_turn(step)
+            self._take_turn(step, inputs)
         self._begin_watch(step.phases[0])
         self._hold_still(step.phases[0])
 
-    def _take_turn(self, step: UpdateStep) -> None:
-        """Split the core where this step asks for it, and let the network that is trained step its own optimizer."""
+    def _take_turn(self, step: UpdateStep, inputs: Any) -> None:
+        """Split the core where this step asks for it, and let the network that is trained step its own optimizer.
+
+        Args: `inputs` of the step's first microbatch, which a core may look at before it is split.
+        """
         info = step.info
         self._full.note_rate()
         if info.step in self._splits:
+            self._show_inputs(inputs)
             renewed = split(self.model)
             for stepper in (self._core, self._full):
                 forget_moments(stepper.optimizer, renewed)

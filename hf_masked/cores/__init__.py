@@ -1,10 +1,14 @@
 """Cores: the small networks inside a model. One file per kind; `base.py` is the contract."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from peft import PeftConfig
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
+from .activations import input_moments, run_through
 from .base import Core, CoreConfig, attach_core, core_mode, get_core, has_core
 from .config import LowRankCoreConfig
 from .depth import DepthCore, DepthCoreConfig
@@ -13,6 +17,7 @@ from .lora import LoraCore
 from .lora_config import LoraCoreConfig
 from .low_rank import LowRankCore, Site
 from .sparse import ParametrizedCore, SparseCore, SparseCoreConfig
+from .targets import find_targets
 from .width import WidthCore, WidthCoreConfig
 
 __all__ = [
@@ -47,7 +52,9 @@ CORE_KINDS: dict[str, type[CoreConfig]] = {
 }
 
 
-def add_core(model: PreTrainedModel, config: CoreConfig | PeftConfig) -> PreTrainedModel:
+def add_core(
+    model: PreTrainedModel, config: CoreConfig | PeftConfig, calibration: Iterable[Mapping[str, Any]] | None = None
+) -> PreTrainedModel:
     """Give a model a core, in place: a smaller network of the same class that is trained with it.
 
     Right after, the full network computes what it did before: bit for bit with coupling "free", to rounding with
@@ -56,10 +63,13 @@ def add_core(model: PreTrainedModel, config: CoreConfig | PeftConfig) -> PreTrai
     Args:
         model: any Transformers model with dense weights.
         config: what the core is; of a kind in `CORE_KINDS`, your own `CoreConfig`, or a `peft.LoraConfig`.
+        calibration: batches, each a dict of the model's inputs, for init "activation" of a low-rank core. Without them such a
+            core starts as "svd" does, until a split in training looks at the batches there.
 
     Returns: the same model, for chaining. `get_core(model).model` is the core network.
 
-    Raises: ValueError for a model that has a core, is quantized or PEFT-wrapped, or that cannot have such a core.
+    Raises: ValueError for a model that has a core, is quantized or PEFT-wrapped, or that cannot have such a core,
+        and for calibration that the core has no use for.
         TypeError for another kind of config. The model is untouched then.
 
     Cost: memory of the core's own parameters; what `config` says it takes to start them.
@@ -79,18 +89,43 @@ def add_core(model: PreTrainedModel, config: CoreConfig | PeftConfig) -> PreTrai
     if not isinstance(config, CoreConfig):
         raise TypeError(f"got a config of type {type(config).__name__}; needs a CoreConfig, such as LowRankCoreConfig")
     _refuse_unfit(model)
-    attach_core(model, config.build(model))
+    if calibration is None:
+        core = config.build(model)
+    elif isinstance(config, LowRankCoreConfig) and config.init == "activation":
+        core = config.build(
+            model, run_through(model, input_moments(model, [*find_targets(model, config)]), calibration)
+        )
+    else:
+        raise _needs_no_calibration(config)
+    attach_core(model, core)
     return model
 
 
-def split(model: PreTrainedModel) -> list[nn.Parameter]:
+def split(model: PreTrainedModel, calibration: Iterable[Mapping[str, Any]] | None = None) -> list[nn.Parameter]:
     """Make the core the best part of the full network as it is now; the full network keeps its function.
+
+    Args: `calibration` as of `add_core`; init "activation" needs it.
 
     Returns: the core's parameters that are new, so whose optimizer state is void.
 
+    Raises: ValueError for a model without a core, and with init "activation" for missing calibration, else for any.
+
     Cost: what the kind of core says; for low rank, one SVD per target.
     """
-    return get_core(model).split(model)
+    core = get_core(model)
+    if calibration is not None:
+        observing = core.observe(model)
+        if observing is None:
+            raise _needs_no_calibration(core.config)
+        core.moments = run_through(model, observing, calibration)
+    return core.split(model)
+
+
+def _needs_no_calibration(config: CoreConfig) -> ValueError:
+    return ValueError(
+        f"got calibration= for a core of the kind {config.kind!r} with init={getattr(config, 'init', None)!r}; needs a low-rank "
+        "core with init='activation', because no other looks at inputs; drop calibration="
+    )
 
 
 def _refuse_unfit(model: PreTrainedModel) -> None:

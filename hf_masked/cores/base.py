@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -120,6 +120,7 @@ class Core:
     ):
         self.model, self.config, self.frozen = model, config, list(frozen)
         self.active_thread: int | None = None
+        self.moments: dict[str, torch.Tensor] = {}
 
     # ---- what each kind says ----
 
@@ -139,6 +140,11 @@ class Core:
         raise NotImplementedError
 
     # ---- what has a default ----
+
+    def observe(self, full: PreTrainedModel) -> AbstractContextManager[dict[str, torch.Tensor]] | None:
+        """Around forward passes on inputs that the next `split` is to be good for: what it adds up, by name; None for a core
+        that splits by the weights alone. The caller sums it over processes and puts it into `moments`."""
+        return None
 
     @property
     def full_is_plain(self) -> bool:

@@ -1,7 +1,8 @@
 """The low-rank core: every target linear map W of the full network becomes B A of rank r."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..types import StepInfo
+from .activations import best_weighted, input_moments
 from .config import LowRankCoreConfig
 from .linear import FactorizedLinear, MergedLinear, MergingCore, best_rank_r, put_dense, random_factors
 from .modules import (
@@ -35,6 +37,7 @@ class LowRankCore(MergingCore):
     Args:
         sites: module path -> the linear map that is replaced there.
         untied: the targets whose weight is tied in the full network; the core has factors of its own there.
+        calibrated: whether B A is the part nearest in outputs, where init "activation" asks for it.
     """
 
     formats = ("factorized", "dense")
@@ -46,22 +49,32 @@ class LowRankCore(MergingCore):
         sites: dict[str, Site],
         frozen: Collection[tuple[nn.Parameter, nn.Parameter]] = (),
         untied: Collection[str] = (),
+        calibrated: bool = False,
     ):
         super().__init__(model, config, frozen)
-        self.sites, self.untied = sites, untied
+        self.by_activation = config.init == "activation"
+        self.sites, self.untied, self.calibrated = sites, untied, calibrated
 
     def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
-        """Every target gets A, B from the truncated SVD of the full weight; private copies become the full network's
+        """Every target gets A, B from the truncated SVD of the full weight, or with init "activation" from that of its
+        outputs on what was last looked at in `observe`, which is then forgotten; private copies become the full network's
         values. With coupling "shared", R takes up the difference, so the full network changes by rounding only.
+
+        Raises: ValueError with init "activation" where nothing was looked at.
 
         Cost: one SVD per target.
         """
+        if self.by_activation and not self.moments:
+            raise ValueError(
+                "got init='activation' and no inputs to be near on; needs some, because the outputs on them say which part of "
+                "W is the best; pass calibration=batches, or set init 'svd' in --core_config"
+            )
         renewed = list(self.own_parameters(full).values())
         with torch.no_grad():
             for path, site in self.sites.items():
                 target, factors = linear_at(full, path), linear_at(self.model, path)
                 weight = target.weight.detach().T if site.transposed else target.weight.detach()
-                A, B = best_rank_r(weight, site.rank)
+                A, B = _best(weight, site.rank, self.moments.get(path))
                 if self.config.coupling == "shared":
                     remainder = weight - B @ A
                     target.R.copy_(remainder.T if site.transposed else remainder)
@@ -71,7 +84,11 @@ class LowRankCore(MergingCore):
                 if factors.bias is not None:
                     factors.bias.copy_(target.bias)
         copy_common_values(full, self.model)
+        self.moments, self.calibrated = {}, True
         return renewed
+
+    def observe(self, full: PreTrainedModel) -> AbstractContextManager[dict[str, torch.Tensor]] | None:
+        return input_moments(full, list(self.sites)) if self.by_activation else None
 
     def extract(self, core_format: str) -> PreTrainedModel:
         """ "factorized" keeps x -> B (A x); "dense" multiplies W = B A out, so that the result is a plain model of the
@@ -111,9 +128,14 @@ class LowRankCore(MergingCore):
         return theirs
 
 
-def build_low_rank_core(model: PreTrainedModel, config: LowRankCoreConfig) -> LowRankCore:
-    """The low-rank core of `model`; with coupling "shared" the model's targets become B A + R."""
-    sites = find_sites(model, config)
+def build_low_rank_core(
+    model: PreTrainedModel, config: LowRankCoreConfig, moments: Mapping[str, torch.Tensor]
+) -> LowRankCore:
+    """The low-rank core of `model`; with coupling "shared" the model's targets become B A + R.
+
+    Args: `moments`: module path -> second moment of its inputs, for init "activation"; without them it starts as "svd" does.
+    """
+    sites = find_sites(model, config, moments)
     tied = tied_parameters(model)
     weights = {path: linear_at(model, path).weight for path in sites}
     untied = [path for path, weight in weights.items() if id(weight) in tied]
@@ -127,16 +149,16 @@ def build_low_rank_core(model: PreTrainedModel, config: LowRankCoreConfig) -> Lo
     private = _private_ids(model, config.private_parameters) - replaced
     shared = [p for p in model.parameters() if id(p) not in private]
     clone = clone_structure(model, shared)
-    factors = {path: _factorize(clone, path, site, config) for path, site in sites.items()}
+    factors = {path: _factorize(clone, path, site, config, moments.get(path)) for path, site in sites.items()}
     if config.coupling == "shared":
         for path, site in sites.items():
             _share(model, path, site, factors[path])
-        return LowRankCore(clone, config, sites)
+        return LowRankCore(clone, config, sites, calibrated=bool(moments))
     forget_ties(clone, untied)
     for path in untied:
         if (bias := factors[path].bias) is not None:  # BERT's head has its bias tied too
             factors[path].B.bias = nn.Parameter(bias.detach().clone())
-    return LowRankCore(clone, config, sites, freeze_shared(clone, {id(p) for p in shared}), untied)
+    return LowRankCore(clone, config, sites, freeze_shared(clone, {id(p) for p in shared}), untied, bool(moments))
 
 
 def _private_ids(model: PreTrainedModel, which: str) -> set[int]:
@@ -151,13 +173,19 @@ def _private_ids(model: PreTrainedModel, which: str) -> set[int]:
     return {id(p) for module, _, name, p in parameter_sites(model) if belongs(module, name)}
 
 
-def _factorize(clone: PreTrainedModel, path: str, site: Site, config: LowRankCoreConfig) -> FactorizedLinear:
+def _best(weight: torch.Tensor, rank: int, moment: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return best_rank_r(weight, rank) if moment is None else best_weighted(weight, rank, moment)
+
+
+def _factorize(
+    clone: PreTrainedModel, path: str, site: Site, config: LowRankCoreConfig, moment: torch.Tensor | None
+) -> FactorizedLinear:
     """Put the factors of a target into the core network; the bias object stays what the clone made of it."""
     parent, name = parent_and_name(clone, path)
     dense = linear_at(parent, name)
     weight = dense.weight.detach().T if site.transposed else dense.weight.detach()
-    if config.init == "svd":
-        A, B = best_rank_r(weight, site.rank)
+    if config.init != "random":
+        A, B = _best(weight, site.rank, moment)
     else:
         generator = torch.Generator().manual_seed(StepInfo(0, 0).random_seed("init", path))
         A, B = random_factors(weight, site.rank, generator)

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import LowRankCoreConfig
+from .ranks import choose_ranks
 
 # exactly these: a subclass may use its weight in another way than its forward does
 _CONVERTED = (nn.Linear, Conv1D)
@@ -34,12 +36,18 @@ class Targets(Protocol):
     exclude_modules: str | list[str] | None
 
 
-def find_sites(model: PreTrainedModel, config: LowRankCoreConfig) -> dict[str, Site]:
-    """Module path -> the linear map there, for every target of `config`.
+def find_sites(
+    model: PreTrainedModel, config: LowRankCoreConfig, moments: Mapping[str, torch.Tensor]
+) -> dict[str, Site]:
+    """Module path -> the linear map there, for every target of `config`; `moments` as of `choose_ranks`.
 
-    Raises: ValueError as `find_targets`, and for a rank that is too large.
+    Raises: ValueError as `find_targets` and `choose_ranks`.
     """
-    return {name: _site(name, module, config) for name, module in find_targets(model, config).items()}
+    targets = find_targets(model, config)
+    transposed = {path: isinstance(layer, Conv1D) for path, layer in targets.items()}
+    weights = {p: layer.weight.detach().T if transposed[p] else layer.weight.detach() for p, layer in targets.items()}
+    ranks = choose_ranks(config, weights, moments)
+    return {p: Site(W.shape[1], W.shape[0], ranks[p], transposed[p]) for p, W in weights.items()}
 
 
 def find_targets(model: PreTrainedModel, config: Targets) -> dict[str, nn.Linear | Conv1D]:
@@ -114,10 +122,3 @@ def _refuse_experts(model: PreTrainedModel, config: Targets) -> None:
                     "matrices, because a 3-D parameter of all experts is no linear layer and the core would keep its "
                     f"full size; set exclude_modules=[{path.rpartition('.')[2]!r}] to keep the experts dense in the core"
                 )
-
-
-def _site(path: str, module: nn.Linear | Conv1D, config: LowRankCoreConfig) -> Site:
-    transposed = isinstance(module, Conv1D)
-    shape = module.weight.shape[::-1] if transposed else module.weight.shape
-    out_features, in_features = int(shape[0]), int(shape[1])
-    return Site(in_features, out_features, config.resolve_rank(path, in_features, out_features), transposed)
