@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import Trainer
 
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
         def _one_state(self) -> bool: ...
 
         def _now(self) -> UpdateStep: ...
+
+        def _mean_over_processes(self, value: torch.Tensor) -> torch.Tensor: ...
 
         def _trained(self, phase: Phase) -> dict[str, nn.Parameter]: ...
 

@@ -1,5 +1,6 @@
 """What is logged of both networks between two log rows, and the progress bar that shows it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ class LossMeter:
         """Trainer's own loss of this row holds an update of the core, so it is no longer the full network's."""
         self.mixed = True
 
-    def read(self) -> dict[str, float]:
-        """The means by name; the meter starts anew."""
-        means = {name: float(total) / max(self._counts[name], 1e-9) for name, total in self._sums.items()}
+    def read(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The means by name; the meter starts anew. `reduce` averages over processes, all of which have to read."""
+        means = {name: float(reduce(total)) / max(self._counts[name], 1e-9) for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
 

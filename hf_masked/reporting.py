@@ -107,7 +107,7 @@ class JointReportingMixin(JointHooks):
 
     def _add_both_losses(self, logs: dict[str, Any]) -> None:
         mixed = self._meter.mixed
-        means = self._meter.read()
+        means = self._meter.read(self._mean_over_processes)
         smooth = self._meter.smooth_loss(means)
         if mixed and smooth is not None:
             logs["loss"] = smooth
