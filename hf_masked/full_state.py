@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .joint_state import reading
+from .state_files import reading
 
 
 def load_full(full: Any, checkpoint: str | Path) -> None:
@@ -42,7 +42,12 @@ def load_full(full: Any, checkpoint: str | Path) -> None:
 
 def _by_the_model_s_names(full: Any, checkpoint: str | Path) -> dict[str, torch.Tensor]:
     fresh, told = type(full).from_pretrained(
-        checkpoint, config=full.config, dtype=full.dtype, output_loading_info=True, local_files_only=True
+        checkpoint,
+        config=full.config,
+        dtype=full.dtype,
+        output_loading_info=True,
+        local_files_only=True,
+        use_safetensors=True,
     )
     missing = set(told["missing_keys"])
     return {name: tensor for name, tensor in fresh.state_dict().items() if name not in missing}

@@ -2,44 +2,47 @@
 
 weights.safetensors     every tensor of the core; where the export rewrites the full network, also that one's, apart
 core.json               what the core is: its configuration and what its tensors fit
-optimizer.safetensors   the core optimizer's state, where it has one of its own
-replay.safetensors      the replay buffer
-state.json              everything that is no tensor, and what the checkpoint was made with
+optimizer.*             the core optimizer's state, where it has one of its own
+state.json              its learning-rate curve, and the means that distillation yields by
+replay.safetensors      the replay buffer, and
+meter.json              the losses since the last log row; with several processes, one of each per process
 """
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .cores import Core
 from .distillation import YieldingWeight
-from .loading import tensor_shapes
 from .meters import LossMeter
-from .replay import REPLAY_FILE, REPLAY_NAME, ReplayBuffer
+from .replay import REPLAY_NAME, ReplayBuffer
+from .state_files import check_state, load_state, reading, save_state, stored_shapes
+from .training_state import load_optimizer
 
 FOLDER = "joint"
-_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+_WEIGHTS = "weights.safetensors"
 
 
 @dataclass
 class CoreTraining:
     """How far the core's updates have come: its optimizer (None where Trainer's own holds it), learning-rate curve,
-    replay buffer, what was measured since the last log row, and the means that distillation yields by."""
+    replay buffer, what was measured since the last log row, and the means that distillation yields by.
+
+    Args: `process`: what the names of the files that every process has its own of end in.
+    """
 
     optimizer: Any
     scheduler: Any
     replay: ReplayBuffer
     meter: LossMeter
     yielding: YieldingWeight
+    process: str = ""
 
 
 def save_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
@@ -83,32 +86,35 @@ def check_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
         )
 
 
-def check_training(checkpoint: str | Path, own_optimizer: bool) -> None:
+def check_training(checkpoint: str | Path, own_optimizer: bool, process: str = "") -> None:
     """Refuse a checkpoint that the core's updates cannot go on from, before anything of it is loaded.
 
-    Args: `own_optimizer`: whether the core has an optimizer state of its own.
+    Args:
+        own_optimizer: whether the core has an optimizer state of its own.
+        process: as of `CoreTraining`.
 
     Raises: ValueError for missing or damaged files, or one made with other moments.
     """
     folder = Path(checkpoint) / FOLDER
-    if not (folder / _STATE).is_file():
+    if not (folder / "state.json").is_file():
         raise ValueError(
-            f"got the checkpoint {checkpoint} without {FOLDER}/{_STATE}; needs it to resume the core's updates where they "
+            f"got the checkpoint {checkpoint} without {FOLDER}/state.json; needs it to resume the core's updates where they "
             "were; it was saved with --save_only_model, or is incomplete: name another checkpoint"
         )
-    with reading(folder / _STATE):
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        moments = state["optimizer"]["values"] if "optimizer" in state else {}
-        for name in ("scheduler", "meter", "yielding_weight"):
+    state = load_state(folder, "state")
+    with reading(folder / "state.json"):
+        has_optimizer = bool(state["own_optimizer"])
+        for name in ("scheduler", "yielding_weight"):
             dict(state[name])
-    if own_optimizer != ("optimizer" in state):
+    if own_optimizer != has_optimizer:
         raise ValueError(
             f"got the checkpoint {checkpoint} made with other --moments; needs the same, because its optimizer states "
             "would not fit; set --moments as it was"
         )
-    _check_names(folder / REPLAY_FILE, REPLAY_NAME)
     if own_optimizer:
-        _check_names(folder / _OPTIMIZER, rf"({'|'.join(map(re.escape, moments))})\..+")
+        check_state(folder, "optimizer")
+    check_state(folder, f"meter{process}")
+    _check_names(folder / f"replay{process}.safetensors", REPLAY_NAME)
 
 
 def load_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
@@ -120,72 +126,47 @@ def load_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
             tensor.copy_(stored[name])
 
 
-def save_training(checkpoint: str | Path, training: CoreTraining) -> None:
-    """Write how far the core's updates have come."""
+def save_training(checkpoint: str | Path, training: CoreTraining, should_save: bool = True) -> None:
+    """Write how far the core's updates have come; only what is this process's own unless `should_save`."""
     folder = Path(checkpoint) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    state: dict[str, Any] = {"scheduler": training.scheduler.state_dict(), "meter": training.meter.state_dict()}
-    state["yielding_weight"] = training.yielding.state_dict()
+    training.replay.save(folder / f"replay{training.process}.safetensors")
+    save_state(folder, f"meter{training.process}", training.meter.state_dict())
+    if not should_save:
+        return
     if training.optimizer is not None:
-        tensors, state["optimizer"] = _flatten(training.optimizer.state_dict())
-        save_file(tensors, folder / _OPTIMIZER)
-    training.replay.save(folder)
-    state["distill_buffer"] = {"batches": len(training.replay.batches), "bytes": training.replay.bytes}
-    (folder / _STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+        save_state(folder, "optimizer", training.optimizer.state_dict())
+    state = {
+        "scheduler": training.scheduler.state_dict(),
+        "yielding_weight": training.yielding.state_dict(),
+        "own_optimizer": training.optimizer is not None,
+        "distill_buffer": {"batches": len(training.replay.batches), "bytes": training.replay.bytes},
+    }
+    save_state(folder, "state", state)
 
 
 def load_training(checkpoint: str | Path, training: CoreTraining, device: torch.device) -> None:
     """Read what `save_training` wrote, in place; raises as `check_training`."""
-    check_training(checkpoint, training.optimizer is not None)
+    check_training(checkpoint, training.optimizer is not None, training.process)
     folder = Path(checkpoint) / FOLDER
-    with reading(folder / _STATE):
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    state, meter = load_state(folder, "state"), load_state(folder, f"meter{training.process}")
+    with reading(folder / "state.json"):
         training.scheduler.load_state_dict(state["scheduler"])
-        training.meter.load_state_dict(state["meter"], device)
         training.yielding.load_state_dict(state["yielding_weight"], device)
+    with reading(folder / f"meter{training.process}.json"):
+        training.meter.load_state_dict(meter, device)
     if training.optimizer is not None:
-        with reading(folder / _OPTIMIZER):
-            training.optimizer.load_state_dict(_unflatten(load_file(folder / _OPTIMIZER), state["optimizer"]))
-    with reading(folder / REPLAY_FILE):
-        training.replay.load(folder)
+        moments = load_state(folder, "optimizer")
+        with reading(folder / "optimizer.json"):
+            load_optimizer(training.optimizer, moments)
+    replay = folder / f"replay{training.process}.safetensors"
+    with reading(replay):
+        training.replay.load(replay)
 
 
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 200 else text[:197] + "..."
-
-
-def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors in a safetensors file, from its header; the format ties that to the file's length.
-
-    Raises: ValueError for a missing or damaged file.
-    """
-    with reading(file):
-        return tensor_shapes(file)
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Whatever goes wrong inside is the fault of that file's content.
-
-    Raises: ValueError.
-    """
-    try:
-        yield
-    except (
-        OSError,
-        SafetensorError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise ValueError(
-            f"got the unreadable file {file} ({type(error).__name__}: {error}); needs what was saved there; it is missing, "
-            "damaged or cut off: name another checkpoint"
-        ) from error
 
 
 def _check_names(file: Path, pattern: str) -> None:
@@ -196,21 +177,3 @@ def _check_names(file: Path, pattern: str) -> None:
                 f"got the tensor {name!r} in {file}; needs names like {pattern}, because it would be read as something else; "
                 "the file is another one: name another checkpoint"
             )
-
-
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by name, and the rest as JSON."""
-    tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for index, entry in state["state"].items():
-        values[str(index)] = {k: v for k, v in entry.items() if not isinstance(v, torch.Tensor)}
-        tensors |= {f"{index}.{k}": v.contiguous().clone() for k, v in entry.items() if isinstance(v, torch.Tensor)}
-    return tensors, {"values": values, "param_groups": state["param_groups"]}
-
-
-def _unflatten(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in rest["values"].items()}
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state[int(index)][name] = tensor
-    return {"state": state, "param_groups": rest["param_groups"]}

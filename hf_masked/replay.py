@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from .distillation import Teaching
 from .types import StepInfo
 
-REPLAY_FILE = "replay.safetensors"
 # what its tensors are called, as a regular expression
 REPLAY_NAME = r"uses|\d+\.(num_items|\d+\.(inputs|teaching)\..+)"
 
@@ -102,15 +101,16 @@ class ReplayBuffer:
         """Size of everything kept."""
         return sum(t.numel() * t.element_size() for batch in self.batches for t in batch.tensors().values())
 
-    def save(self, folder: Path) -> None:
+    def save(self, file: Path) -> None:
         """Write all batches as one safetensors file."""
         named = {f"{n}.{k}": t for n, batch in enumerate(self.batches) for k, t in batch.tensors().items()}
         named["uses"] = torch.tensor(self._uses)
-        save_file({k: t.contiguous().clone() for k, t in named.items()}, folder / REPLAY_FILE)
+        save_file({k: t.contiguous().clone() for k, t in named.items()}, file)
 
-    def load(self, folder: Path) -> None:
+    def load(self, file: Path) -> None:
         """Read what `save` wrote."""
-        named = load_file(folder / REPLAY_FILE)
+        # copies, since safetensors maps the file, which would keep a deleted checkpoint's room on the disk
+        named = {key: tensor.clone() for key, tensor in load_file(file).items()}
         uses = named.pop("uses").tolist()
         self.batches.clear()
         self._uses.clear()

@@ -4,22 +4,24 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
 from . import joint_state, method_state
 from .checkpoints import clear_aside, folder_aside, last_complete_checkpoint, publish, withdraw
 from .cores import get_core
+from .cores.modules import unwrap
 from .export import export
 from .full_state import load_full
-from .hooks import JointHooks
 from .model_card import add_core_section
+from .training_state import FOLDER, TrainingStateMixin
 
 # what a pushed folder leaves out: what only resuming needs
-_NOT_A_PRODUCT = ["_*", ".export-*", "checkpoint-*", "joint/*", "*.pt", "*.pth", "*.bin"]
+_NOT_A_PRODUCT = ["_*", ".export-*", "checkpoint-*", "joint/*", f"{FOLDER}/*"]
 
 
-class JointSavingMixin(JointHooks):
+class JointSavingMixin(TrainingStateMixin):
     """The saving and loading half of `MaskedTrainerMixin`."""
 
     _in_checkpoint = False
@@ -29,16 +31,24 @@ class JointSavingMixin(JointHooks):
     # ---- saving ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir if output_dir is not None else self.args.output_dir
         if not self._joint:
-            return super()._save(output_dir, state_dict)
+            super()._save(output_dir, state_dict)
+            if self._trains_slots and self.args.should_save:
+                Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                self._save_arguments(folder)
+            return
         if not self.args.should_save:
             return
-        folder = output_dir if output_dir is not None else self.args.output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         export(model, folder, processing_class=self._processing_class())
-        Path(folder, "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+        self._save_arguments(folder)
         if self._in_checkpoint:
             joint_state.save_weights(model, get_core(model), folder)
+
+    def _save_arguments(self, folder: str) -> None:
+        """For people to read: Trainer never reads its pickled `training_args.bin` either."""
+        Path(folder, "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     def _processing_class(self) -> Any:
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -102,12 +112,14 @@ class JointSavingMixin(JointHooks):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._trains_slots and self.args.should_save:
             method_state.save(self.plan, output_dir, self._method())
-        if self._joint and self.args.should_save:
-            joint_state.save_training(output_dir, self._core_training())
+        if self._joint:
+            joint_state.save_training(output_dir, self._core_training(), self.args.should_save)
 
     def _core_training(self) -> joint_state.CoreTraining:
         optimizer = None if self._one_state() else self._core.optimizer
-        return joint_state.CoreTraining(optimizer, self._core.scheduler, self._replay, self._meter, self._yielding)
+        return joint_state.CoreTraining(
+            optimizer, self._core.scheduler, self._replay, self._meter, self._yielding, self._of_process("")
+        )
 
     def _method(self) -> str:
         return getattr(self.args, "method", None) or "a plan of its own"
@@ -131,18 +143,43 @@ class JointSavingMixin(JointHooks):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._joint:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._check_training_state(resume_from_checkpoint)
+            if not self._load_whole(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         core = get_core(self.model)
         joint_state.check_weights(self.model, core, resume_from_checkpoint)
-        joint_state.check_training(resume_from_checkpoint, own_optimizer=not self._one_state())
+        joint_state.check_training(resume_from_checkpoint, not self._one_state(), self._of_process(""))
+        self._check_training_state(resume_from_checkpoint)
         if core.full_is_plain:
             load_full(self.model, resume_from_checkpoint)
         joint_state.load_weights(self.model, core, resume_from_checkpoint)
 
+    def _load_whole(self, checkpoint: str) -> bool:
+        """Read a model without a core, all of it or none; False leaves it to Trainer: what is no transformers model, or
+        where nothing is switched on.
+
+        Raises: ValueError for what Trainer would unpickle, and as `load_full`.
+        """
+        model = unwrap(self.model)
+        if not self._trains_slots:
+            return False
+        if isinstance(model, PreTrainedModel):
+            load_full(model, checkpoint)
+            return True
+        if pickled := sorted(Path(checkpoint).rglob("*.bin")):
+            raise ValueError(
+                f"got the checkpoint {checkpoint} with {pickled[0].name}; needs safetensors, because nothing is unpickled; "
+                "name another checkpoint"
+            )
+        return False
+
     def _load_best_model(self) -> None:
-        if not self._joint:
-            return super()._load_best_model()
         best = str(self.state.best_model_checkpoint)
+        if not self._joint:
+            if not self._load_whole(best):
+                super()._load_best_model()
+            return
         core = get_core(self.model)
         if core.full_is_plain:
             load_full(self.model, best)
@@ -168,7 +205,7 @@ class JointSavingMixin(JointHooks):
         """A checkpoint is an export already: push what of it is a product, straight from where it lies."""
         if self._in_checkpoint:
             return  # it is pushed once it has its name
-        if not self._joint:
+        if not self._trains_slots:
             return super()._push_from_checkpoint(checkpoint_folder)
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return

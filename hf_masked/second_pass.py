@@ -41,6 +41,14 @@ class SkippedSteps:
         self.total = 0
         self._in_a_row = 0
 
+    def state_dict(self) -> dict[str, int]:
+        """The counts, as JSON."""
+        return {"total": self.total, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from `state_dict()`."""
+        self.total, self._in_a_row = state["total"], state["in_a_row"]
+
     def saw(self, finite: bool, step: int) -> None:
         """Count one update.
 

@@ -203,14 +203,6 @@ def test_incomplete_newest_checkpoint_is_skipped(checkpoints: Path, tmp_path: Pa
     assert difference(load_file(folder / "checkpoint-6" / "joint" / "weights.safetensors"), straight) is None
 
 
-def test_checkpoint_holds_no_pickle_of_its_own(checkpoints: Path) -> None:
-    """Trainer pickles its own optimizer and random states; joint training adds safetensors and JSON only."""
-    names = {p.name for p in (checkpoints / "checkpoint-4" / "joint").iterdir()}
-    assert all(name.endswith((".safetensors", ".json")) for name in names)
-    stock = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
-    assert {p.name for p in (checkpoints / "checkpoint-4").rglob("*.p*t*")} <= stock
-
-
 def test_shared_checkpoint_keeps_a_b_and_r_apart(tmp_path: Path) -> None:
     trainer = run(tmp_path, "alternate shared", max_steps=2)
     stored = load_file(tmp_path / "checkpoint-2" / "joint" / "weights.safetensors")

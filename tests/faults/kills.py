@@ -35,8 +35,8 @@ from hf_masked.types import StepInfo
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": 8}
 RIDE = {"name": "ride_along", "core_updates": 1.5, "start": 2}
 
-# name -> (arguments of training, options of the core)
-RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+# name -> (arguments of training, options of the low-rank core, or None where the arguments ask for another one or none)
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "ride_along": ({"schedule": RIDE}, {}),
     "ride_along, accumulation": ({"schedule": RIDE, "gradient_accumulation_steps": 2, "distill_buffer": 3}, {}),
     "ride_along, shared": ({"schedule": RIDE}, {"coupling": "shared"}),
@@ -44,8 +44,13 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "alternate, the paper's": ({"preset": "paper"}, {"coupling": "shared"}),
     "random, split again": ({"schedule": "random", "mask_seed": 4}, {"split_every": 3}),
     "sum": ({"schedule": "sum"}, {"coupling": "shared"}),
+    "sam, no core": ({"method": "sam"}, None),
+    "sam, both networks": ({"method": "sam", "method_config": {"apply_to": "both"}, "schedule": "alternate"}, {}),
+    "lora": ({"core": "lora", "core_config": {"r": 2, "target_modules": "all-linear"}, "schedule": RIDE}, None),
+    "depth": ({"core": "depth", "core_config": {"keep": 0.5}, "schedule": "alternate"}, None),
 }
-MOMENTS = ("starting", "full step", "core step", "core update", "between", "saving", "exporting")
+MOMENTS = ("starting", "full step", "core step", "core update", "first pass", "second pass", "between", "saving")
+MOMENTS += ("exporting",)
 
 
 class Told(MaskedTrainer):
@@ -61,6 +66,12 @@ class Told(MaskedTrainer):
         info = StepInfo(self.state.global_step, self.state.max_steps, self.args.mask_seed)
         self.tell("core step" if self.plan.schedule(info) == ("core",) else "full step")
         return super().training_step(*args, **kwargs)
+
+    def _first_gradient(self, *args: Any, **kwargs: Any) -> Any:
+        self.tell("first pass")
+        gradients = super()._first_gradient(*args, **kwargs)
+        self.tell("second pass")
+        return gradients
 
     def _core_update(self, *args: Any, **kwargs: Any) -> None:
         self.tell("core update")
@@ -90,7 +101,10 @@ def train(folder: Path, name: str, page: mmap.mmap, kind: type[Told] = Told) -> 
     """Train to the end, from the newest checkpoint where there is one, and export."""
     training, core = RUNS[name]
     resume = get_last_checkpoint(folder) is not None if folder.is_dir() else False
-    model = tiny("gpt2", seed=int(resume), dropout=0.2, core=core.get("coupling", "free"), **core)
+    # the adapter of "lora" needs its base as it was; the seed of any other model must not matter on resuming
+    seed = int(resume and training.get("core") != "lora")
+    coupling = None if core is None else core.get("coupling", "free")
+    model = tiny("gpt2", seed=seed, dropout=0.2, core=coupling, **core or {})
     trainer_class = type("Child", (kind,), {"page": page})
     trainer = fit(folder, model, trainer_class, resume=resume or None, **SAVED | training)
     trainer.tell("exporting")
@@ -103,7 +117,9 @@ def end_of(folder: Path) -> dict[str, Any]:
     last = folder / f"checkpoint-{SAVED['max_steps']}"
     found: dict[str, Any] = {str(p.relative_to(folder)): load_file(p) for p in sorted(last.rglob("*.safetensors"))}
     found |= {str(p.relative_to(folder)): load_file(p) for p in sorted((folder / "export").rglob("*.safetensors"))}
-    found |= {name: torch.load(last / name, weights_only=True) for name in ("optimizer.pt", "scheduler.pt")}
+    found |= {str(p.relative_to(folder)): json.loads(p.read_text()) for p in sorted(last.rglob("*.json"))}
+    # a run's clock, and the folder that it was given
+    del found[f"{last.name}/trainer_state.json"], found[f"{last.name}/training_args.json"]
     rows = json.loads((last / "trainer_state.json").read_text())["log_history"]
     found["losses"] = [{k: v for k, v in row.items() if k.startswith("loss")} for row in rows]
     return found
@@ -174,7 +190,15 @@ def attempt(folder: Path, name: str, page: mmap.mmap, draw: random.Random, kind:
         number = draw.randint(1, 150)
         return finish(child(lambda: (die_at(number, folder), train(folder, name, page, kind))))
     pid = child(lambda: train(folder, name, page, kind))
-    return strike(pid, page, draw.choice(MOMENTS[1:]), draw.randint(0, 10), draw.random() * 0.02)
+    return strike(pid, page, draw.choice(moments_of(name)), draw.randint(0, 10), draw.random() * 0.02)
+
+
+def moments_of(name: str) -> list[str]:
+    """Those that a configuration has besides starting; the passes of SAM come twice, since they are short."""
+    training, core = RUNS[name]
+    has_core, rides = core is not None or "core" in training, training.get("schedule") == RIDE
+    passes = ["first pass", "second pass"] * 2 * (training.get("method") == "sam")
+    return ["full step", "between", "saving", "exporting", *passes, *["core step", "core update"][rides:][:has_core]]
 
 
 def kill_until_done(

@@ -13,19 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from common import difference, fit, tiny, values
+from common import arguments, difference, fit, rows, tiny, values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_masked import MaskedTrainingArguments, export, get_core, joint_state
+from hf_masked import MaskedTrainer, MaskedTrainingArguments, export, get_core, joint_state
 from hf_masked.arguments import MaskedArgumentsMixin
 from hf_masked.cores import CORE_KINDS
 from hf_masked.full_state import load_full
 from hf_masked.loading import LowRankFormat
 from hf_masked.schedules import SCHEDULES, make_schedule
+from hf_masked.state_files import load_state
 from hf_masked.types import StepInfo
 
 ODD: list[Any] = [None, True, False, -1, 0, 1, 8, 2**63, 10**400, -0.0, 0.5, 1e-320, 1e308, float("nan"), float("inf")]
@@ -147,24 +148,31 @@ def damage(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Path]]:
         file.write_bytes(contents[file])
 
 
-def test_joint_files(checkpoint: Path, tmp_path: Path) -> None:
+# (folder of the checkpoint, its share of the cases)
+@pytest.mark.parametrize("part, cases", [("joint", 2500), ("training_state", 1500)])
+def test_checkpoint_files(part: str, cases: int, checkpoint: Path, tmp_path: Path) -> None:
     """What is refused is refused before anything is loaded; what is not has every tensor that its file has."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / "made" / "checkpoint-2"))
     model = tiny("gpt2", seed=5, core="free")
+    args = arguments(tmp_path / "made", schedule="alternate")
+    trainer = MaskedTrainer(model, args, train_dataset=rows())
     core = get_core(model)
     before, outside = values(core.model), sorted(tmp_path.rglob("*"))
     told: Counter[str] = Counter()
-    for what, file in damage(folder / "joint", 2500, seed=1):
+    for what, file in damage(folder / part, cases, seed=1):
         try:
             joint_state.check_weights(model, core, folder)
             joint_state.check_training(folder, own_optimizer=True)
+            trainer._check_training_state(str(folder))
         except ValueError as error:
             assert "got" in str(error) and "needs" in str(error), error
             told[what] += 1
             continue
-        if what == "swap" or file.name == "weights.safetensors":
+        if file.name == "weights.safetensors":
             stored = load_file(folder / "joint" / "weights.safetensors")
             assert set(stored) == set(core.tensors(model))
+        elif file.name != "core.json" and file.with_suffix(".json").exists():
+            load_state(file.parent, file.stem)
     assert difference(values(core.model), before) is None
     assert sorted(tmp_path.rglob("*")) == outside
     assert all(told[what] > 50 for what in ("cut", "flip", "swap", "noise", "longer", "empty", "word")), told
