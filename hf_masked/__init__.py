@@ -16,6 +16,7 @@ from .cores import (
     get_core,
     has_core,
     split,
+    to_semi_structured,
 )
 from .drafting import draft_view, measure_acceptance
 from .export import export, extract_core, merge_full
@@ -54,4 +55,5 @@ __all__ = [
     "measure_acceptance",
     "merge_full",
     "split",
+    "to_semi_structured",
 ]

@@ -53,7 +53,7 @@ class MaskedArgumentsMixin:
             "modules_to_save, lora_dropout, use_rslora, init_lora_weights, task_type. "
             "depth: keep, keep_encoder, keep_decoder (a fraction of the blocks, or their numbers). width: neurons, heads (a "
             "fraction or a number), order (first | magnitude). sparse: sparsity (a fraction, or 'n:m'), target_modules, "
-            "exclude_modules."
+            "exclude_modules, grow_every (core updates; gradient-grown masks), grow_share, grow_until."
         },
     )
     preset: str = field(

@@ -84,9 +84,12 @@ def within_core(plan: Plan, inside: Mask | None) -> Plan:
     """
     if inside is None:
         return plan
-    if plan.core.update_mask is not None:
+    changing = hasattr(inside, "support")
+    if plan.core.update_mask is not None or (changing and plan.core.grad_mask is not None):
         raise ValueError(
-            "got an update_mask of core updates with a core that is part of the full network's tensors; needs none, because "
-            "the core's own mask says what they may move; set coupling='free' in --core_config, or drop that update_mask"
+            "got a mask of core updates with a core that has one of its own; needs none, because the core's says what they may "
+            "move; drop that mask, or set coupling='free' and no grow_every in --core_config"
         )
+    if changing:  # it asks for gradients of more than it trains, and what it takes in has no moments yet
+        return replace(plan, core=replace(plan.core, grad_mask=inside, update_mask=inside, state_policy="reset"))
     return replace(plan, core=replace(plan.core, update_mask=inside))

@@ -12,10 +12,12 @@ from .activations import input_moments, run_through
 from .base import Core, CoreConfig, attach_core, core_mode, get_core, has_core
 from .config import LowRankCoreConfig
 from .depth import DepthCore, DepthCoreConfig
+from .grown import GrownMasks
 from .linear import FactorizedLinear, MergedLinear
 from .lora import LoraCore
 from .lora_config import LoraCoreConfig
 from .low_rank import LowRankCore, Site
+from .semi_structured import to_semi_structured
 from .sparse import ParametrizedCore, SparseCore, SparseCoreConfig
 from .targets import find_targets
 from .width import WidthCore, WidthCoreConfig
@@ -27,6 +29,7 @@ __all__ = [
     "DepthCore",
     "DepthCoreConfig",
     "FactorizedLinear",
+    "GrownMasks",
     "LoraCore",
     "LoraCoreConfig",
     "LowRankCore",
@@ -43,6 +46,7 @@ __all__ = [
     "get_core",
     "has_core",
     "split",
+    "to_semi_structured",
 ]
 
 # what --core chooses from

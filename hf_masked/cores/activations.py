@@ -87,7 +87,7 @@ def input_moments(model: PreTrainedModel, paths: Collection[str]) -> Iterator[di
         def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x, mask = args[0].detach(), attended[0]
             x = x[mask.bool()] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            x = x.double()  # in float32 the rounding of a sum would be above the ridge, and H not positive
             with torch.autocast(x.device.type, enabled=False):
                 moments[path] += x.T @ x
 

@@ -4,6 +4,7 @@ share: layers whose weight is a function of a whole one."""
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..masks.entries import kept_count, largest, largest_of_groups
 from .base import Core, CoreConfig, require
+from .grown import GrownMasks
 from .linear import put_dense
 from .modules import clone_structure, linear_at, named_tensors, tied_parameters, without_autocast
+from .semi_structured import to_semi_structured
 from .targets import find_targets
 
 
@@ -77,9 +80,14 @@ class SparseCoreConfig(CoreConfig):
         target_modules, exclude_modules: which linear layers; as in `LowRankCoreConfig`.
         coupling: "free" (the core has a copy of W) or "shared" (W is the full network's: a core step is the template
             with dx = -(1 - M) W, p = M).
+        grow_every: every so many core updates the smallest weights of the core give way to those with the largest gradients
+            (see `grown.GrownMasks`), for coupling "free" and unstructured masks. Default: masks stay between splits.
+        grow_share: the share of each target's weights that gives way, in (0, 1).
+        grow_until: masks are final from this fraction of the run on.
         split_at, split_every: see `CoreConfig`; masks are drawn anew from the full network's magnitudes.
 
-    The extracted core is a plain dense model with zeros in it: of the full model's size, and no faster by itself.
+    The extracted core is a plain dense model with zeros in it: of the full model's size, and no faster by itself; 2:4
+    zeros are what `extract_core(model, "semi_structured")` stores for GPUs that multiply them faster.
 
     Raises: ValueError for a value out of range, and for an in_features that m does not divide.
 
@@ -97,6 +105,9 @@ class SparseCoreConfig(CoreConfig):
     sparsity: float | str = 0.5
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
+    grow_every: int | None = None
+    grow_share: float = 0.3
+    grow_until: float = 0.95
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,12 +119,26 @@ class SparseCoreConfig(CoreConfig):
         require(legal, "sparsity", self.sparsity, "a fraction in (0.0, 1.0), or 'n:m' with 0 < n < m such as '2:4'",
                 "it says what of each weight is zero")  # fmt: skip
 
+        require(self.grow_every is None or self.grow_every >= 1, "grow_every", self.grow_every, "an integer >= 1",
+                "it counts core updates")  # fmt: skip
+        require(0 < self.grow_share < 1, "grow_share", self.grow_share, "a number in (0, 1)",
+                "it is the share of weights that give way")  # fmt: skip
+        require(0 < self.grow_until <= 1, "grow_until", self.grow_until, "a number in (0, 1]",
+                "it is a fraction of the run")  # fmt: skip
+        if self.grow_every is not None:
+            require(self.coupling == "free", "grow_every", self.grow_every, "coupling 'free'",
+                    "a grown weight starts at zero, and a shared one is the full network's")  # fmt: skip
+            require(not isinstance(self.sparsity, str), "grow_every", self.grow_every, "a fraction as sparsity",
+                    "weights that give way anywhere would leave no n:m pattern")  # fmt: skip
+
     def build(self, model: PreTrainedModel) -> Core:
         return SparseCore(model, self)
 
 
 class Masked(nn.Module):
-    """W -> M * W; the gradient is masked with it."""
+    """W -> M * W; the gradient is masked with it, unless that by all of W is asked for."""
+
+    gradient_of_all = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,11 +146,17 @@ class Masked(nn.Module):
         self.register_buffer("mask", torch.ones(1, dtype=torch.bool))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight * self.mask
+        masked = weight * self.mask
+        if self.gradient_of_all:
+            # the value of the first, the gradient of the second
+            return masked.detach() + (weight - weight.detach())
+        return masked
 
 
 class SparseCore(ParametrizedCore):
     """See `SparseCoreConfig`."""
+
+    formats = ("dense", "semi_structured")
 
     def __init__(self, full: PreTrainedModel, config: SparseCoreConfig):
         targets = find_targets(full, config)
@@ -140,6 +171,13 @@ class SparseCore(ParametrizedCore):
         masks = self._masks(full, config)
         super().__init__(full, config, targets, Masked)
         self._put(masks)
+        grow = config.grow_every
+        self._grown = GrownMasks(self, grow, config.grow_share, config.grow_until) if grow is not None else None
+
+    @property
+    def masked(self) -> dict[str, Masked]:
+        """Name of each target's W in the core -> its mask."""
+        return {f"{path}.parametrizations.weight.original": f for path, f in self.functions().items()}
 
     def _masks(self, full: nn.Module, config: SparseCoreConfig) -> dict[str, torch.Tensor]:
         masks = {}
@@ -171,9 +209,22 @@ class SparseCore(ParametrizedCore):
 
     def update_mask(self) -> Any:
         if self.config.coupling == "free":
-            return None
-        masks = {f"{path}.parametrizations.weight.original": f.mask for path, f in self.functions().items()}
+            return self._grown
+        masks = {name: masked.mask for name, masked in self.masked.items()}
         return lambda info, gradients: {name: mask for name, mask in masks.items() if name in gradients}
+
+    def extract(self, core_format: str) -> PreTrainedModel:
+        """ "dense": a plain model with the zeros in it; "semi_structured": that in the format of `to_semi_structured`."""
+        dense = super().extract(core_format)
+        return to_semi_structured(dense) if core_format == "semi_structured" else dense
+
+    def write(self, folder: str | Path, core_format: str, max_shard_size: int | str = "50GB") -> None:
+        if core_format != "dense":
+            raise ValueError(
+                f"got core_format={core_format!r} for a folder; needs 'dense', because safetensors has no such format; load the "
+                "dense export, which keeps the zeros, and call to_semi_structured"
+            )
+        super().write(folder, core_format, max_shard_size)
 
     def fingerprint(self) -> dict[str, Any]:
         return {

@@ -101,6 +101,24 @@ class GradualPruning:
         self._reached = float(tensors["density"]) if "density" in tensors else None
 
 
+def regrown(mask: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, share: float) -> torch.Tensor:
+    """A mask of as many entries: the `share` of its own with the smallest |W| gives way to those with the largest |g|.
+
+    >>> kept, W, g = torch.tensor([True, True, False, False]), torch.tensor([3.0, 1, 0, 0]), torch.tensor([0.0, 1, 2, 5])
+    >>> regrown(kept, W, g, 0.5)
+    tensor([ True, False, False,  True])
+    """
+    kept, changed = _without_smallest(mask, weight, share)
+    return kept | largest(gradient.abs().float().masked_fill(kept, -1.0), changed)
+
+
+def _without_smallest(mask: torch.Tensor, weight: torch.Tensor, share: float) -> tuple[torch.Tensor, int]:
+    """The mask without the `share` of its entries with the smallest magnitudes, and how many those are."""
+    count = int(mask.sum())
+    changed = min(round(share * count), mask.numel() - count)
+    return largest(weight.abs().float().masked_fill(~mask, -1.0), count - changed), changed
+
+
 @dataclass
 class DynamicSparsity:
     """A random mask at first; every `every` update steps each tensor drops its smallest weights and grows as many others.
@@ -164,12 +182,9 @@ class DynamicSparsity:
     def _redraw(
         self, name: str, info: StepInfo, mask: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor
     ) -> torch.Tensor:
-        count = int(mask.sum())
-        changed = min(round(self.drop(info) * count), mask.numel() - count)
-        magnitudes = weight.abs().float().masked_fill(~mask, -1.0)
-        kept = largest(magnitudes, count - changed)
         if self.grow == "gradient":
-            return kept | largest(gradient.abs().float().masked_fill(kept, -1.0), changed)
+            return regrown(mask, weight, gradient, self.drop(info))
+        kept, changed = _without_smallest(mask, weight, self.drop(info))
         free = (~kept).flatten().nonzero().flatten()
         chosen = random_entries(free.shape, changed, info.generator("grow", name))
         grown = kept.flatten()

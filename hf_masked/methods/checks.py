@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..apply import Parameters, evaluate_mask, looks_at_names, rules_of
+from ..cores import GrownMasks
 from ..masks import DynamicSparsity, ErrorFeedback, Fisher, Fixed
 from ..types import Phase, StepInfo
 
@@ -45,7 +46,8 @@ def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
             '{"state_policy": "decay"} in --method_config, or another --optim',
         ),
         (
-            args.fp16 and any(isinstance(rule, ErrorFeedback | Fisher | DynamicSparsity) for rule in rules),
+            args.fp16
+            and any(isinstance(rule, ErrorFeedback | Fisher | DynamicSparsity | GrownMasks) for rule in rules),
             "--fp16",
             "what it remembers of gradients would be in units of a loss scale that changes, and overflow with it; set --bf16",
         ),
