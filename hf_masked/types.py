@@ -119,9 +119,9 @@ class ParameterMask(Protocol):
 
 
 class Backward(Protocol):
-    """How gradients are computed: a context around forward and backward of each microbatch of `network`.
+    """How a pass is run: a context around forward and backward of each microbatch of `network`.
 
-    It leaves parameters, gradients and the outputs of `network` alone.
+    It leaves the parameters alone. What it leaves out (entries of output gradients, whole blocks) is its own business.
     """
 
     def __call__(self, info: StepInfo, network: nn.Module) -> AbstractContextManager[None]: ...  # pragma: no cover
@@ -147,7 +147,7 @@ class Phase:
     Args:
         network: "full", "core", or "sum" (the gradients of both losses in one update).
         perturbation, grad_mask, update_mask: the slots; None means dx = 0, p = 1.
-        backward: how gradients are computed; None means exactly.
+        backward: how forward and backward are run; None means as they are.
         state_policy: what becomes of the optimizer state of entries that `update_mask` holds still: "freeze" leaves it,
             "decay" updates it with a zero gradient, "reset" sets it to zero.
         offload_state: optimizer state of tensors that are held still as a whole lies in main memory.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -59,8 +59,20 @@ class Kind:
 
 # the others' configs derive a head's size from the width
 HEADS = ("llama", "qwen3", "mistral", "mixtral", "t5")
-# blocks that end in a norm, which no displacement of its parameters makes disappear
+# blocks that end in a norm, which no displacement of its parameters makes disappear: the template has them bypassed
 POST_NORM = ("bert-mlm", "bert-classification", "roberta", "distilbert", "electra", "bart", "marian")
+
+
+def bypass(model: PreTrainedModel, paths: Iterable[str]) -> PreTrainedModel:
+    """The model whose blocks at these paths are run, and their answers thrown away: out comes what went in."""
+
+    def answer(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    for path in paths:
+        model.get_submodule(path).register_forward_hook(answer, with_kwargs=True)
+    return model
 
 
 def second_half(name: str) -> bool:

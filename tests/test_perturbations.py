@@ -19,7 +19,6 @@ from hf_masked.perturbations import (
     DropConnect,
     Extragradient,
     Gaussian,
-    LayerDrop,
     Prune,
     Quantize,
     Sam,
@@ -134,7 +133,6 @@ DRAWING: dict[str, Any] = {
     "anti": Gaussian(0.1, anti_correlated=True),
     "drop_connect": DropConnect(0.7),
     "drop_inputs": DropConnect(0.7, structure="inputs"),
-    "layer_drop": LayerDrop(0.5),
 }
 
 
@@ -170,34 +168,6 @@ def test_drop_connect_keeps_a_scaled_part_and_trains_that(structure: str) -> Non
     torch.testing.assert_close(at, torch.where(kept["w"], x["w"] / 0.75, 0.0), atol=1e-6, rtol=1e-6)
     assert abs(kept["w"].float().mean() - 0.75) < (0.01 if structure == "entries" else 0.08)
     assert kept["w"].shape == ((400, 300) if structure == "entries" else (1, 300))
-
-
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
-def test_a_dropped_block_is_skipped(name: str) -> None:
-    """In models whose norm stands before the branch: the logits are those of the model with the block cut out."""
-    model = tiny(name).double().eval()
-    ids = torch.arange(8)[None] + 5
-    full = model(ids).logits
-    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    info = next(
-        info
-        for info in (StepInfo(t, 99) for t in range(99))
-        if LayerDrop(0.5)(info, values(model)) and any(LayerDrop(0.5).mask(info, values(model)).values())
-    )
-    rule = LayerDrop(0.5)
-    deltas, kept = rule(info, values(model)), rule.mask(info, values(model))
-    numbers = {int(next(part for part in n.split(".") if part.isdigit())) for n in deltas}
-    stays = [layer for i, layer in enumerate(blocks) if i not in numbers]
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            p.add_(deltas.get(n, torch.zeros_like(p)))
-    zeroed = model(ids).logits
-    holder = next(m for m in model.modules() if any(child is blocks for child in m.children()))
-    setattr(holder, next(n for n, c in holder.named_children() if c is blocks), torch.nn.ModuleList(stays))
-    torch.testing.assert_close(zeroed, model(ids).logits, atol=1e-10, rtol=0)
-    assert (zeroed - full).abs().max() > 1e-4
-    assert {n for n, k in kept.items() if not k} >= set(deltas)
-    assert not any("embed" in n or "wte" in n for n in kept)
 
 
 def test_quantizers() -> None:
@@ -276,7 +246,5 @@ def test_bad_options_are_refused(kind: type, options: dict[str, Any], error: str
 def test_what_matches_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="pattern='xyz'; needs"):
         DropConnect(pattern="xyz")(INFO, {"w": torch.rand(2, 2)})
-    with pytest.raises(ValueError, match="numbered block"):
-        LayerDrop()(INFO, {"w": torch.rand(2, 2)})
     with pytest.raises(ValueError, match=r"2:4.*\(2, 3\)"):
         Prune(structure="2:4")(INFO, {"w": torch.rand(2, 3)})

@@ -92,14 +92,14 @@ def dropout(keep: Spec = 0.9, pattern: str | None = None) -> Method:
 def layer_drop(keep: Spec = 0.9) -> Method:
     """LayerDrop: every update runs without some random blocks, and does not train them.
 
-    (dx, p) = (-x on the dropped blocks' linear maps, 0 on the blocks). Fan et al. 2020 (keep = 0.8 to 0.9). One pass; memory: one
-    copy of the dropped blocks. Nothing saved. Known: with few layers it costs accuracy; meant for pruning layers later.
-    Deviations: dropped blocks are multiplied as zeros, so no time is saved; one draw per update; in models whose norm
-    follows the branch (BERT) that norm stays. Under AdamW dropped blocks keep their bits.
+    (dx, p) = (-x on the dropped blocks' linear maps, 0 on the blocks). Fan et al. 2020 (keep = 0.8 to 0.9). One pass, of the blocks
+    that stay. Nothing saved. With a depth core it trains any choice of blocks to work: "apply_to" "full" with coupling shared is
+    the paper's, whose every-other blocks the core then is; "core" drops among the core's own. Known: with few layers it costs
+    accuracy. Deviations: one draw per update. Under AdamW dropped blocks keep their bits.
     """
     rule = LayerDrop(keep)
     mask = rule.mask
-    return Method(rule, grad_mask=mask, update_mask=mask)
+    return Method(backward=rule, grad_mask=mask, update_mask=mask)
 
 
 def dpf(sparsity: Spec = 0.9, scope: str = "global", structure: str = "entries", pattern: str | None = None) -> Method:

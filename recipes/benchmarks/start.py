@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--test_file", required=True, help="texts to measure on")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--ranks", type=float, nargs="+", default=[0.25, 0.5], help="fractions of min(in, out)")
-    parser.add_argument("--calibration", type=int, nargs="+", default=[32, 512], help="numbers of texts")
+    parser.add_argument("--calibration", type=int, nargs="+", default=[256], help="numbers of texts")
     parser.add_argument("--test_texts", type=int, default=256)
     parser.add_argument("--out", help="JSON file to write the rows to")
     args = parser.parse_args(argv)
@@ -73,17 +73,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     }
     held_out = list(batches(list(texts["test"][: args.test_texts]), tokenizer, 32))
     rows = []
-    for rank in args.ranks:
-        share = 0.0
-        for spread in ("one rank", "budget"):
+    shares: dict[float, float] = {}
+    for spread in ("one rank", "budget"):
+        for rank in args.ranks:
             for count in (0, *args.calibration):
                 full = AutoModel.from_pretrained(args.model).eval()
                 init = "activation" if count else "svd"
-                ranks: dict[str, Any] = {"rank": rank} if spread == "one rank" else {"budget": share}
+                ranks: dict[str, Any] = {"rank": rank} if spread == "one rank" else {"budget": shares[rank]}
                 calibration = list(batches(list(texts["train"][:count]), tokenizer, 32)) if count else None
                 add_core(full, LowRankCoreConfig(**ranks, init=init), calibration)  # type: ignore[arg-type]
                 core = get_core(full)
-                share = share_of(core) if spread == "one rank" else share
+                shares.setdefault(rank, share_of(core))
                 row = {"rank": rank, "ranks": spread, "init": init, "calibration_texts": count}
                 rows.append(row | {"parameters": share_of(core)} | distances(full, core.model.eval(), held_out))
                 print(json.dumps(rows[-1]))
