@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from .apply import MaskValues, Parameters
+from .masks.entries import indices_of
 from .types import StatePolicy
 
 # the share of a tensor's entries up to which stepping them apart is cheaper than stepping the tensor and putting back
-FEW = 1 / 16
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+FEW = 1 / 2
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,39 @@ class StepMask:
     rates: Mapping[str, float] = field(default_factory=dict)
 
 
+class Room:
+    """Memory for copies, on a processor the same in every step: there fresh memory costs more than copying does."""
+
+    def __init__(self) -> None:
+        self._spaces: dict[tuple[nn.Parameter, str], torch.Tensor] = {}
+
+    def take(
+        self, parameter: nn.Parameter, tensors: Mapping[str, torch.Tensor], at: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The entries `at` of tensors that belong to a parameter, by the same names, until the next step."""
+        return {key: self._taken((parameter, key), tensor.flatten(), at) for key, tensor in tensors.items()}
+
+    def _taken(self, key: tuple[nn.Parameter, str], flat: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        if flat.device.type != "cpu":
+            return flat.index_select(0, at)
+        space = self._spaces.get(key)
+        if space is None or len(space) < len(at) or space.dtype != flat.dtype:
+            self._spaces[key] = space = flat.new_empty(len(at))
+        return torch.index_select(flat, 0, at, out=space[: len(at)])
+
+
 @contextmanager
-def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask) -> Iterator[None]:
+def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) -> Iterator[None]:
     """Around `optimizer.step()`: entries whose mask is 0 keep their bits.
 
     Whole tensors are skipped by the optimizer, with their state ("reset" drops it, "decay" gives them a gradient of
     zero). The per-entry state of other entries that are held still follows the policy; a tensor's scalar step counter
-    advances. Cost: one copy of partly masked tensors, and with "freeze" of their state; where few entries are kept, a
-    copy of those alone.
+    advances.
+
+    Args: `room`: kept from step to step.
+
+    Cost: one search through each partly masked tensor, and a copy of those of its entries, and with "freeze" of their
+        state, that are fewer: the kept ones, which are then stepped apart, or the held ones, which are put back.
 
     Raises: ValueError for "freeze" or "reset" of single entries whose state is not per entry (Adafactor's).
     """
@@ -65,77 +90,61 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask) -> Iterator[
             entries = _entries(optimizer, parameter, policy != "decay")
             here = kept.expand(parameter.shape)
             apart = policy != "decay" and len(entries) > 1 and parameter.is_contiguous()
-            few = apart and int(here.sum()) <= FEW * parameter.numel()
-            around.enter_context((_only if few else _held)(optimizer, parameter, here, policy))
+            if apart and int(here.count_nonzero()) <= FEW * parameter.numel():
+                around.enter_context(_only(optimizer, parameter, here, policy, room))
+            else:
+                around.enter_context(_held(optimizer, parameter, here, policy, room))
         around.enter_context(_scaled_rates(optimizer, wanted))
         yield
 
 
 @contextmanager
 def _held(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch.Tensor, policy: StatePolicy
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch.Tensor, policy: StatePolicy, room: Room
 ) -> Iterator[None]:
     """Let the optimizer step the whole tensor, then put back what must not move."""
+    at = indices_of(~kept)
     if policy == "decay" and parameter.grad is not None:
-        parameter.grad.mul_(kept)
-    before = {k: v.clone() for k, v in _entries(optimizer, parameter, policy == "freeze").items()}
+        _put(parameter.grad, at, 0.0)
+    before = room.take(parameter, _entries(optimizer, parameter, policy == "freeze"), at)
     yield
-    words: dict[torch.dtype, torch.Tensor] = {}
     for key, now in _entries(optimizer, parameter, policy != "decay").items():
-        put_back(now, before.get(key), kept, words)
+        _put(now, at, before.get(key, 0.0))
 
 
 @contextmanager
 def _only(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch.Tensor, policy: StatePolicy
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch.Tensor, policy: StatePolicy, room: Room
 ) -> Iterator[None]:
     """Let the optimizer step the kept entries alone, as a vector in the tensor's place."""
-    where = kept.flatten().nonzero().flatten()
+    at = indices_of(kept)
     whole, gradient, state = parameter.data, parameter.grad, optimizer.state[parameter]
     wholes = {key: value for key, value in _entries(optimizer, parameter, with_state=True).items() if key}
+    apart = room.take(parameter, {"": whole, **wholes}, at)
     parameter.grad = None
-    parameter.data = whole.flatten()[where]
-    parameter.grad = None if gradient is None else gradient.flatten()[where]
-    state.update({key: value.flatten()[where] for key, value in wholes.items()})
+    parameter.data = apart.pop("")
+    parameter.grad = None if gradient is None else gradient.flatten().index_select(0, at)
+    state.update(apart)
     try:
         yield
     finally:
-        whole.view(-1)[where] = parameter.data
+        _put(whole, at, parameter.data)
         for key, value in wholes.items():
             if policy == "reset":
                 value.zero_()
-            value.view(-1)[where] = state[key]
+            _put(value, at, state[key])
         state.update(wholes)
         parameter.grad = None
         parameter.data = whole
         parameter.grad = gradient
 
 
-def put_back(
-    now: torch.Tensor, before: torch.Tensor | None, kept: torch.Tensor, words: dict[torch.dtype, torch.Tensor]
-) -> None:
-    """Where `kept` is False, the bits of `before` (of zero where that is None), in place.
-
-    Args: `words`: where the mask as words of integers is found by further tensors of its shape.
-
-    >>> now = torch.tensor([1.0, 2.0])
-    >>> put_back(now, torch.tensor([3.0, 4.0]), torch.tensor([True, False]), {})
-    >>> now
-    tensor([1., 4.])
-    """
-    bits = _BITS.get(now.element_size())
-    if now.is_cuda or bits is None or not now.is_contiguous():
-        torch.where(kept, now, torch.zeros_like(now) if before is None else before, out=now)
-        return
-    # on a processor, where() takes a branch per entry; whole words of integers are several times faster
-    mine, theirs = now.view(bits), None if before is None else before.view(bits)
-    if bits not in words:
-        words[bits] = kept.to(torch.int8).neg_().to(bits)
-    keep = words[bits]
-    if theirs is None:
-        mine.bitwise_and_(keep)
-    else:
-        mine.bitwise_xor_(theirs).bitwise_and_(keep).bitwise_xor_(theirs)
+def _put(tensor: torch.Tensor, at: torch.Tensor, values: torch.Tensor | float) -> None:
+    """Write the entries `at`, counted through the tensor, bit by bit."""
+    flat = tensor.view(-1) if tensor.is_contiguous() else tensor.flatten()
+    flat.scatter_(0, at, values)  # type: ignore[arg-type]
+    if flat.data_ptr() != tensor.data_ptr():
+        tensor.copy_(flat.view(tensor.shape))
 
 
 def _entries(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, with_state: bool) -> dict[str, torch.Tensor]:
@@ -195,6 +204,7 @@ class MaskedSteps:
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self._wanted: StepMask | None = None
+        self._room = Room()
         self._open = ExitStack()
         optimizer.register_step_pre_hook(self._enter)
         optimizer.register_step_post_hook(lambda *_: self._open.close())
@@ -205,4 +215,4 @@ class MaskedSteps:
 
     def _enter(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._wanted is not None:
-            self._open.enter_context(masked_step(optimizer, self._wanted))
+            self._open.enter_context(masked_step(optimizer, self._wanted, self._room))

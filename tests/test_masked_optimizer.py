@@ -24,7 +24,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "NAdam": lambda p: torch.optim.NAdam(p, lr=0.1),
     "Adamax": lambda p: torch.optim.Adamax(p, lr=0.1),
 }
-DENSITIES = {"few": FEW / 2, "half": 0.5}
+DENSITIES = {"few": FEW / 2, "most": 0.75}
 SHAPE = (40, 25)
 
 

@@ -1,10 +1,10 @@
 """Masks of single entries: the largest, exactly k random ones, or each with a probability."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 
 from ..types import StepInfo
@@ -29,11 +29,24 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     >>> largest(torch.tensor([[3.0, 1.0], [2.0, 4.0]]), 2).tolist()
     [[True, False], [False, True]]
     """
+    if not 0 < count < scores.numel():
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
     flat = scores.flatten()
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    if count > 0:
-        mask[_where_largest(flat, count)] = True
+    mask = _largest_by_threshold(flat, count) if flat.device.type == "cpu" else None
+    if mask is None:
+        mask = torch.zeros_like(flat, dtype=torch.bool)
+        mask[flat.topk(count, sorted=False).indices] = True
     return mask.view(scores.shape)
+
+
+def _largest_by_threshold(flat: torch.Tensor, count: int) -> torch.Tensor | None:
+    """The same of a vector on a processor, where NumPy's partition is several times faster; None among NaN."""
+    numbers = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+    threshold = float(np.partition(numbers.numpy(), len(flat) - count)[len(flat) - count])
+    mask = numbers >= threshold
+    if (surplus := int(mask.count_nonzero()) - count) > 0:
+        mask[indices_of(numbers == threshold)[:surplus]] = False
+    return None if surplus < 0 else mask
 
 
 def largest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -47,21 +60,15 @@ def largest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view(scores.shape)
 
 
-def _where_largest(flat: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the `count` largest of a vector, in no order.
+def indices_of(kept: torch.Tensor) -> torch.Tensor:
+    """Where a mask is True, counted through its entries: NumPy's search is several times faster on a processor.
 
-    A sample bounds them from below, so that only what is above the bound has to be selected from; where the bound turns out
-    too high, or where too much is wanted for that to pay, all of it is.
+    >>> indices_of(torch.tensor([[True, False], [False, True]]))
+    tensor([0, 3])
     """
-    sample = flat[:: max(1, len(flat) // 8192)]
-    expected = len(sample) * count / len(flat)
-    rank = math.ceil(expected + 4 * math.sqrt(expected) + 4)
-    if rank <= len(sample) / 4:
-        bound = sample.topk(rank, sorted=False).values.min()
-        above = (flat >= bound).nonzero().flatten()
-        if len(above) >= count:
-            return above[flat[above].topk(count, sorted=False).indices]
-    return flat.topk(count, sorted=False).indices
+    if kept.device.type != "cpu":
+        return kept.flatten().nonzero().flatten()
+    return torch.from_numpy(np.flatnonzero(kept.numpy()))
 
 
 def largest_by_name(scores: Tensors, density: float, scope: Scope) -> dict[str, torch.Tensor]:
@@ -111,7 +118,12 @@ class TopK:
     scope: Scope = "tensor"
 
     def __call__(self, info: StepInfo, gradients: Tensors) -> dict[str, torch.Tensor]:
-        return largest_by_name({name: g.abs() for name, g in gradients.items()}, self.density(info), self.scope)
+        density = self.density(info)
+        if (
+            self.scope == "tensor"
+        ):  # one tensor at a time: their magnitudes together are one more copy of the gradients
+            return {name: largest(g.abs(), kept_count(density, g.numel())) for name, g in gradients.items()}
+        return largest_by_name({name: g.abs() for name, g in gradients.items()}, density, self.scope)
 
 
 @dataclass
