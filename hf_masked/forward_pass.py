@@ -182,7 +182,11 @@ class ForwardPassMixin(JointHooks):
         return teaching
 
     def _show_inputs(self, inputs: Any) -> None:
-        """Let a core that is split by what its layers get look at the full network's passes over the newest batches."""
+        """Let a core that is split by what its layers get look at the full network's passes over the newest batches.
+
+        Those of the buffer, which several processes share out as one would have them; `inputs`, of the step's first microbatch,
+        where it is empty.
+        """
         core = self._the_core()
         observing = core.observe(self.model)
         if observing is None:
@@ -192,7 +196,7 @@ class ForwardPassMixin(JointHooks):
         batches = [microbatch.inputs for batch in newest for microbatch in batch.microbatches]
         seed = self._now().info.random_seed("calibration")
         with own_random_stream(seed, self.args.device), self._host_metrics_apart(), observing as moments:
-            for batch in [*batches, inputs]:
+            for batch in batches or [inputs]:
                 with self.compute_loss_context_manager():
                     self._loss_and_outputs(self.model, dict(self._prepare_inputs(batch)))
         core.moments = {name: self.accelerator.reduce(moment, "sum") for name, moment in moments.items()}

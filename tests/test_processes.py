@@ -28,6 +28,8 @@ folder, several = Path(sys.argv[1]), "WORLD_SIZE" in os.environ
 core = {"core": "low_rank", "core_config": {"rank": 4}}
 runs = {
     "ride": core | {"schedule": {"name": "ride_along", "core_updates": 1.5, "start": 1}},
+    "activation": {"core": "low_rank", "core_config": {"rank": 4, "init": "activation"}, "schedule": {"name": "ride_along", "start": 2}},
+    "layer_drop": {"method": "layer_drop", "method_config": {"keep": 0.5}},
     "alternate": core | {"schedule": "alternate"},
     "sum": core | {"schedule": "sum"},
     "random": core | {"schedule": "random", "mask_seed": 1},
@@ -53,7 +55,7 @@ PartialState().destroy_process_group()
 TESTS = Path(__file__).resolve().parent
 
 
-NAMES = ["ride", "alternate", "sum", "random", "sam", "drop_connect", "badam", "topk_ef"]
+NAMES = ["ride", "activation", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "topk_ef"]
 
 
 def launch(folder: Path, processes: int) -> None:

@@ -34,7 +34,7 @@ class LowRankCoreConfig(CoreConfig):
             batches: those of `add_core(..., calibration=batches)`, and at a split in training the last ones trained on;
             see `activations.best_weighted`) or "random" (Gaussian, product as large as W).
         calibration_batches: with "activation", how many of the last batches in `--distill_buffer` a split in training looks
-            at beside its own.
+            at; with 0, or none there, at the first microbatch of its own step.
         coupling: "free" (W stays the full network's own parameter; the core rides along) or "shared" (W = B A + R, the
             paper: both kinds of step move A and B).
         private: which parameters that both networks could share the core gets its own copy of: "none", "norms",
