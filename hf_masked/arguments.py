@@ -114,7 +114,7 @@ class MaskedArgumentsMixin:
         },
     )
     distill_weight: float = field(
-        default=0.5,
+        default=0.8,
         metadata={
             "help": "w in [0, 1] of the core's loss (1 - w) * label loss + w * divergence from the full network's "
             "(detached) logits. It yields by itself as the core's label loss nears the full network's on batches that "
