@@ -98,7 +98,11 @@ def test_views_and_shared_tensors(tmp_path: Path) -> None:
     assert difference(load_state(tmp_path, "any"), state) is None
 
 
-@pytest.mark.parametrize("state", [{"f": len}, {3: {1, 2}}, [b"bytes"], torch.eye(2).to_sparse(), object()], ids=str)
+@pytest.mark.parametrize(
+    "state",
+    [{"f": len}, {3: {1, 2}}, [b"bytes"], torch.eye(2).to_sparse(), object()],
+    ids=["function", "set", "bytes", "sparse tensor", "object"],
+)
 def test_what_no_checkpoint_can_hold(state: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"got a \w+ as any.*needs tensors, numbers"):
         save_state(tmp_path, "any", state)
