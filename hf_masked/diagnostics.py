@@ -108,17 +108,14 @@ class Coverage:
         return {"coverage_age_max": max(ages), "coverage_age_mean": sum(ages) / len(ages)} if ages else {}
 
 
-def stepped_gradients(
-    parameters: Mapping[str, nn.Parameter], update_mask: MaskValues, scale: float
-) -> dict[str, torch.Tensor]:
+def stepped_gradients(parameters: Mapping[str, nn.Parameter], update_mask: MaskValues) -> dict[str, torch.Tensor]:
     """What the optimizer is about to be given, by name, with 0 where the update mask holds an entry still."""
     found = {}
     for name, parameter in parameters.items():
         kept = update_mask.get(name, True)
         if parameter.grad is None or kept is False:
             continue
-        gradient = parameter.grad / scale
-        found[name] = gradient * kept if isinstance(kept, torch.Tensor) else gradient
+        found[name] = parameter.grad * kept if isinstance(kept, torch.Tensor) else parameter.grad
     return found
 
 

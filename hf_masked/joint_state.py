@@ -142,6 +142,8 @@ def save_training(checkpoint: str | Path, training: CoreTraining, should_save: b
         "own_optimizer": training.optimizer is not None,
         "distill_buffer": {"batches": len(training.replay.batches), "bytes": training.replay.bytes},
     }
+    if training.optimizer is not None and training.optimizer.scaler is not None:
+        state["scaler"] = training.optimizer.scaler.state_dict()
     save_state(folder, "state", state)
 
 
@@ -159,6 +161,9 @@ def load_training(checkpoint: str | Path, training: CoreTraining, device: torch.
         moments = load_state(folder, "optimizer")
         with reading(folder / "optimizer.json"):
             load_optimizer(training.optimizer, moments)
+        if training.optimizer.scaler is not None and "scaler" in state:
+            with reading(folder / "state.json"):
+                training.optimizer.scaler.load_state_dict(state["scaler"])
     replay = folder / f"replay{training.process}.safetensors"
     with reading(replay):
         training.replay.load(replay)

@@ -144,8 +144,8 @@ class SecondPassMixin(ForwardPassMixin):
 
     def _skips(self, phase: Phase) -> bool:
         """Whether this update cannot be made: then no parameter has a gradient any more, on any process."""
-        if not self._is_checked_early(phase) or self.accelerator.scaler is not None:
-            return False  # a GradScaler finds and skips such updates itself
+        if not self._is_checked_early(phase):
+            return False
         parameters = self._trained(phase)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
@@ -168,8 +168,9 @@ class SecondPassMixin(ForwardPassMixin):
         self._drop_unless(math.isfinite(norm), phase)
 
     def _drop_unless(self, finite: bool, phase: Phase) -> None:
-        """Count the update, and take every gradient from one that is not made."""
-        self._skipped.saw(finite, self._now().info.step)
+        """Count the update, and take every gradient from one that is not made; a GradScaler counts for itself."""
+        if self.accelerator.scaler is None:
+            self._skipped.saw(finite, self._now().info.step)
         if not finite:
             parameters = self._trained(phase)
             mask_gradients(parameters, dict.fromkeys(parameters, False))

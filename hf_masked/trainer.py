@@ -19,6 +19,7 @@ from .diagnostics import Coverage
 from .diagnostics_report import DiagnosticsReport
 from .distillation import YieldingWeight
 from .export import check_writable
+from .loss_scale import own_scaler
 from .masked_optimizer import MaskedSteps
 from .meters import JointProgressCallback, LossMeter
 from .methods.checks import refuse_meaningless
@@ -175,7 +176,8 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
             optimizer = self.optimizer
         else:
             create = super().create_optimizer
-            optimizer = self.accelerator.prepare_optimizer(make_core_optimizer(self, create))
+            with own_scaler(self.accelerator):
+                optimizer = self.accelerator.prepare_optimizer(make_core_optimizer(self, create))
         span = self._span("core", max_steps)
         create_scheduler = super().create_scheduler
         scheduler = make_core_scheduler(

@@ -16,6 +16,7 @@ from .apply import hold_still, mask_update, release, zero_outside
 from .cores import split
 from .distillation import Teaching
 from .forward_pass import ForwardPass, UpdateStep
+from .loss_scale import unscale, unscaled, use_scaler_of
 from .masked_optimizer import StepMask
 from .optimization import Stepper, forget_moments
 from .randomness import own_random_stream
@@ -43,6 +44,7 @@ class UpdateStepMixin(WatchedStepMixin):
     def _use(self, stepper: Stepper) -> None:
         """Let Trainer's loop step this network's optimizer and learning-rate schedule."""
         self.optimizer, self.lr_scheduler = stepper.optimizer, stepper.scheduler
+        use_scaler_of(self.accelerator, stepper.optimizer)
 
     def _abandon_step(self) -> None:
         """Put the full network's optimizer back, where a core step did not come to its end."""
@@ -88,6 +90,7 @@ class UpdateStepMixin(WatchedStepMixin):
         Args: `inputs` of the step's first microbatch, which a core may look at before it is split.
         """
         info = step.info
+        use_scaler_of(self.accelerator, self.optimizer)
         self._full.note_rate()
         if info.step in self._splits:
             self._show_inputs(inputs)
@@ -150,6 +153,7 @@ class UpdateStepMixin(WatchedStepMixin):
             steps.obey(None)
         step = self._now()
         release(step.held)
+        unscale(self.accelerator, self.optimizer)
         if self._skips(phase):
             return
         parameters = self._trained(phase)
@@ -162,13 +166,18 @@ class UpdateStepMixin(WatchedStepMixin):
         self._watch_update(phase, grad_mask, update_mask)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return super()._clip_grad_norm(self._clipped(model))
+        with self._unscaled():
+            return super()._clip_grad_norm(self._clipped(model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(self._clipped(model), grad_norm=grad_norm)
+        with self._unscaled():
+            norm = super()._get_grad_norm(self._clipped(model), grad_norm=grad_norm)
         if self._joint and self._step is not None:
             self._skip_unless_finite(norm)
         return norm
+
+    def _unscaled(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._step is None else unscaled(self.accelerator)
 
     def _clipped(self, model: nn.Module) -> nn.Module:
         """What the norm of this update's gradient is taken over."""
@@ -194,6 +203,7 @@ class UpdateStepMixin(WatchedStepMixin):
         if not self._joint:
             return
         first = step.phases[0].network
+        skipped = getattr(self.optimizer, "step_was_skipped", False)
         if first == "core":
             self._use(self._full)
             self._meter.saw_core_step()
@@ -203,7 +213,7 @@ class UpdateStepMixin(WatchedStepMixin):
             self._ride(step)
         elif self._kept_for_later(step.info):
             self._replay.add(step.seen)
-        if self.args.lr_curve == "shared":
+        if self.args.lr_curve == "shared" and not skipped:
             (self._full if first == "core" else self._core).scheduler.step()
 
     def _kept_for_later(self, info: StepInfo) -> bool:
@@ -217,6 +227,7 @@ class UpdateStepMixin(WatchedStepMixin):
         if self.args.distill_buffer:
             self._replay.add(newest, uses=1)
         held = self.current_gradient_accumulation_steps
+        self._use(self._core)
         for update, phase in enumerate(step.phases[1:], start=1):
             info = replace(step.info, update=update)
             batch = self._replay.draw(info) if update > 1 and self.args.distill_buffer else newest
@@ -228,6 +239,7 @@ class UpdateStepMixin(WatchedStepMixin):
                 self._abandon_step()
                 raise
         self._step = None
+        self._use(self._full)
         self.current_gradient_accumulation_steps = held
 
     def _core_update(self, phase: Phase, batch: Batch) -> None:

@@ -71,8 +71,7 @@ class WatchedStepMixin(SecondPassMixin):
         self._coverage.saw(step.info.step, moves)
         if step.measure is None:
             return
-        scaler = self.accelerator.scaler
-        stepped = stepped_gradients(parameters, update_mask, 1.0 if scaler is None else scaler.get_scale())
+        stepped = stepped_gradients(parameters, update_mask)
         # what a backward of its own leaves out is known from the gradient alone
         kept = {n: g != 0 for n, g in stepped.items()} if phase.backward is not None else {}
         step.measure.gradient = {n: self._mean_over_processes(g) for n, g in step.measure.gradient.items()}

@@ -6,7 +6,7 @@ import torch
 
 from ..apply import Parameters, evaluate_mask, looks_at_names, rules_of
 from ..cores import GrownMasks
-from ..masks import DynamicSparsity, ErrorFeedback, Fisher, Fixed
+from ..masks import DynamicSparsity, Fixed
 from ..types import Phase, StepInfo
 
 # of the optimizers that Trainer offers: those without state per entry, and those that step inside backward
@@ -46,10 +46,9 @@ def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
             '{"state_policy": "decay"} in --method_config, or another --optim',
         ),
         (
-            args.fp16
-            and any(isinstance(rule, ErrorFeedback | Fisher | DynamicSparsity | GrownMasks) for rule in rules),
+            args.fp16 and any(isinstance(rule, DynamicSparsity | GrownMasks) for rule in rules),
             "--fp16",
-            "what it remembers of gradients would be in units of a loss scale that changes, and overflow with it; set --bf16",
+            "a change of masks that falls on an update which overflows would be lost or late; set --bf16",
         ),
         (
             any(hasattr(rule, "support") for rule in rules) and any(name.endswith(".R") for name in parameters),
