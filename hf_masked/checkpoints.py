@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .durable import flush
+
 logger = logging.getLogger(__name__)
 # beside the checkpoints, so that moving one is a rename on one file system; Trainer pushes nothing that starts with "_"
 _ASIDE = "_saving"
@@ -46,6 +48,8 @@ def publish(run_dir: str | os.PathLike[str], name: str) -> None:
     if place.exists():
         os.replace(place, aside / f"{_REPLACED}{name}")
     os.replace(aside / name, place)
+    # the name is there for good before anything that it replaces goes
+    flush(Path(run_dir))
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .cores import Core, get_core, has_core
 from .cores.modules import unwrap
+from .durable import flush, flush_all
 
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 # the files without which nothing loads: gone first and back last, so that no mixture of two exports ever loads
@@ -71,7 +72,7 @@ def export(
     core, for `AutoModel*.from_pretrained(out, subfolder="core")` anywhere ("dense"), or after `import hf_masked`
     ("factorized"). Both get the tokenizer and the generation config. Everything is written aside first; then config.json
     goes, the files change places, and config.json comes last, so that an interrupted export loads as nothing, and one
-    that fails for lack of space leaves the old export as it was. Other files in `out/` are left alone.
+    that fails for lack of space leaves the old export as it was; each stage is flushed to the disk before the next. Other files in `out/` are left alone.
 
     Args:
         model: a model with a core, or without (then only the full model is written).
@@ -101,6 +102,7 @@ def export(
                 processing_class.save_pretrained(staging / core.folder)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
+        flush_all(staging)
         _swap_in(staging, target)
 
 
@@ -139,15 +141,19 @@ def _staging(target: Path) -> Iterator[Path]:
 
 
 def _swap_in(staging: Path, target: Path) -> None:
-    """Exchange the files of two exports so that no moment of it loads as a mixture."""
+    """Exchange the files of two exports so that no moment of it loads as a mixture, nor what a power cut leaves of it."""
     new = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     folders = [target / name for name in _FOLDERS]
     for old_entry in [folder / entry for folder in folders for entry in _ENTRIES]:
         old_entry.unlink(missing_ok=True)
+    flush(*folders)
     for folder in folders:
         for pattern in _WEIGHTS:
             for stale in folder.glob(pattern):
                 stale.unlink()
-    for relative in sorted(new, key=lambda path: (path.name in _ENTRIES, path.parent == Path())):
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging / relative, target / relative)
+    entries = sorted((path for path in new if path.name in _ENTRIES), key=lambda path: path.parent == Path())
+    for some in ([path for path in new if path not in entries], entries):
+        for relative in some:
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / relative, target / relative)
+        flush(*{target / path.parent for path in some}, target)

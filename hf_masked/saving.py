@@ -12,6 +12,7 @@ from . import joint_state, method_state
 from .checkpoints import clear_aside, folder_aside, last_complete_checkpoint, publish, withdraw
 from .cores import get_core
 from .cores.modules import unwrap
+from .durable import flush_all
 from .export import export
 from .full_state import load_full
 from .model_card import add_core_section
@@ -72,6 +73,9 @@ class JointSavingMixin(TrainingStateMixin):
         try:
             super()._save_checkpoint(model, trial)
             self._name_best(folder_aside(run_dir) / name, Path(run_dir, name))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                flush_all(folder_aside(run_dir))
         except (OSError, RuntimeError, SafetensorError) as error:
             self.state.best_model_checkpoint = best
             if self.args.should_save:
@@ -83,7 +87,6 @@ class JointSavingMixin(TrainingStateMixin):
             ) from error
         finally:
             self._in_checkpoint = False
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             publish(run_dir, name)
             rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
