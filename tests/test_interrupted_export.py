@@ -128,7 +128,7 @@ TESTS = Path(__file__).resolve().parent
 def outcomes(folder: Path, scenario: str) -> list[dict[str, Any]]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), scenario]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     told = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert (told[0]["full"], told[0]["core"]) == ("old", "old")
