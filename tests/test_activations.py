@@ -206,7 +206,7 @@ def test_the_split_looks_at_the_newest_batches_and_the_full_model_does_not_notic
     assert difference(values(by_weights.core_model), values(trainer.core_model)) is not None, "no input was looked at"
 
 
-@pytest.mark.parametrize("buffer", [512, 0])
+@pytest.mark.parametrize("buffer", [512, pytest.param(0, marks=pytest.mark.slow)])
 def test_resumed_before_the_split_is_uninterrupted(buffer: int, tmp_path: Path) -> None:
     saved = {"save_strategy": "steps", "save_steps": 2, "distill_buffer": buffer}
     whole = trained(tmp_path / "a", "activation", **saved)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from architectures import architecture
 from common import tokenizer
 from datasets import Dataset
@@ -14,6 +15,7 @@ from datasets import Dataset
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_rows_of_the_benchmark(tmp_path: Path) -> None:
     architecture("bert-mlm").build().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
