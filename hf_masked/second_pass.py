@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from .apply import mask_gradients, rules_of
+from .cores import has_core
 from .displacement import Tensors, buffers_kept, displaced, gradients_apart
 from .distillation import Teaching
 from .forward_pass import ForwardPass, ForwardPassMixin
+from .perturbations.subnets import Subnets
 from .randomness import random_state_kept
 from .types import GradientPerturbation, Perturbation, Phase, StepInfo
 
@@ -181,6 +183,13 @@ def refuse_phases(trainer: Any, phases: tuple[Phase, ...]) -> None:
 
     Raises: ValueError.
     """
+    if any(isinstance(phase.perturbation, Subnets) for phase in phases) and (
+        has_core(trainer.model) or trainer.args.world_size > 1
+    ):
+        raise ValueError(
+            "got the method ist with a core or several processes; needs a run with neither, because cores have parts of their "
+            "own, and gradients are averaged over processes in every update; set another --method"
+        )
     dataset = trainer.train_dataset
     fresh = any(getattr(phase.perturbation, "fresh_batch", False) for phase in phases)
     if fresh and dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):

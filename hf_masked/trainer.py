@@ -33,6 +33,7 @@ from .optimization import (
     split_steps,
     updates_of,
 )
+from .perturbations.subnets import Subnets
 from .plan import Plan, within_core
 from .replay import ReplayBuffer
 from .reporting import JointReportingMixin
@@ -70,6 +71,8 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         if getattr(args, "diagnostics_steps", 0):
             self.add_callback(DiagnosticsReport(self._coverage))
         refuse_phases(self, (self.plan.full, self.plan.core))
+        if isinstance(rule := self.plan.full.perturbation, Subnets):
+            rule.bind(self.model)
 
     def _begin_run(self, buffer: int) -> None:
         """Forget what an earlier run has seen; keep `buffer` batches of the coming one."""

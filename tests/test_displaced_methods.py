@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "drop_connect": {"pattern": "layers"},
     "dropout": {"keep": 0.8, "pattern": "layers"},
     "layer_drop": {"keep": 0.5},
+    "ist": {"every": 1},
     "dpf": {"sparsity": 0.5},
     "quantize": {"to": "int4"},
     "binary_connect": {},

@@ -159,6 +159,17 @@ class WidthCore(ResizedCore):
         return {"sizes": self.changes, "order": self.config.order, "coupling": self.config.coupling}
 
 
+def unit_cuts(model: PreTrainedModel) -> list[Cut]:
+    """Where every feed-forward neuron lies, and every head (with grouped queries, group) where the config tells their size.
+
+    Raises: ValueError for a layout that no plan tells.
+    """
+    one = WidthCoreConfig(neurons=1, heads=1)
+    told = any(size in vars(c) for c in sub_configs(model.config).values() for _, _, size in _HEADS)
+    heads = _fewer_heads(model, one) if told else {}
+    return [*_neuron_cuts(model, _fewer_neurons(model, one)), *_head_cuts(model, heads)]
+
+
 def _resolve(value: float | int, count: int, name: str) -> int:
     kept = max(1, round(value * count)) if isinstance(value, float) else value
     if kept > count:

@@ -2,8 +2,9 @@
 
 from ..meprop import MeProp
 from ..perturbations import Asam, DropConnect, Extragradient, Gaussian, LayerDrop, Prune, Quantize, Sam, Stale
+from ..perturbations.subnets import Subnets
 from ..values import Spec
-from .base import Method, check
+from .base import Method, check, check_count
 
 # ---- two passes ----
 
@@ -100,6 +101,22 @@ def layer_drop(keep: Spec = 0.9) -> Method:
     rule = LayerDrop(keep)
     mask = rule.mask
     return Method(backward=rule, grad_mask=mask, update_mask=mask)
+
+
+def ist(parts: int = 2, every: int = 10) -> Method:
+    """Independent subnet training: neurons and heads are dealt out to workers, who train their own subnet in turn.
+
+    (dx, p) = (-(1 - m_w) x, m_w), m_w a partition over workers w. Yuan et al. 2019. One process: worker (t // every) mod `parts`
+    has its turn in step t, and when all had theirs the units are dealt out anew; several processes are refused. One pass;
+    memory: one copy of the partitioned tensors. Nothing saved. Heads are dealt out where the config tells their size
+    (head_dim, d_kv), whole groups of grouped queries; elsewhere attention belongs to all. Known: no faster here, since what
+    is switched off is multiplied as zeros; costs accuracy per step. Deviation: what belongs to all is trained in every turn.
+    """
+    check_count("parts", parts, least=2)
+    check_count("every", every)
+    rule = Subnets(parts, every)
+    mask = rule.mask
+    return Method(rule, grad_mask=mask, update_mask=mask)
 
 
 def dpf(sparsity: Spec = 0.9, scope: str = "global", structure: str = "entries", pattern: str | None = None) -> Method:
