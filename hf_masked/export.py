@@ -1,6 +1,7 @@
 """Writing both products: the full model in its unchanged class at the root, the core beside it in `core/`."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .cores import Core, get_core, has_core
+from .cores.base import Rank
 from .cores.modules import unwrap
 from .durable import flush, flush_all
 
@@ -19,23 +21,29 @@ _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model
 _ENTRIES = ("config.json", "adapter_config.json")
 # where products lie: the full model, and its core by kind; an old core of another kind goes too
 _FOLDERS = ("", "core", "adapter")
+# the smaller cores of a ladder lie beside the whole one
+_RUNG_FOLDER = re.compile(r"core-r[0-9.]+(e-[0-9]+)?")
 
 
-def extract_core(model: PreTrainedModel, core_format: str | None = None) -> PreTrainedModel:
+def extract_core(model: PreTrainedModel, core_format: str | None = None, rank: Rank | None = None) -> PreTrainedModel:
     """The core as a model of its own, independent of the full one.
 
     Args:
         model: a model with a core.
         core_format: one of the core's `formats`, None for the first: "factorized" (low rank: keeps x -> B (A x)) or
             "dense" (a plain model of the unchanged class; with low rank, W = B A is multiplied out).
+        rank: only the part of that rank of a low-rank core, an int, or a fraction of min(in_features, out_features): its
+            leading directions. Any will do; those of a ladder (`ranks`) were trained to stand alone.
 
-    Raises: ValueError without a core or for another format.
+    Raises: ValueError without a core, for another format, or for a rank that the core does not hold.
 
     Cost: memory of the result.
     """
     core = get_core(model)
     core.sync(unwrap(model))
-    return core.extract(_checked_format(core, core_format))
+    with core.at_rank(rank):
+        extracted: PreTrainedModel = core.extract(_checked_format(core, core_format))
+    return extracted
 
 
 def merge_full(model: PreTrainedModel) -> PreTrainedModel:
@@ -70,7 +78,7 @@ def export(
 
     `out/` holds the full model in its unchanged class, for `AutoModel*.from_pretrained(out)` anywhere; `out/core/` the
     core, for `AutoModel*.from_pretrained(out, subfolder="core")` anywhere ("dense"), or after `import hf_masked`
-    ("factorized"). Both get the tokenizer and the generation config. Everything is written aside first; then config.json
+    ("factorized"); the smaller ranks of a ladder lie in `out/core-r8/` and so on. All get the tokenizer and the generation config. Everything is written aside first; then config.json
     goes, the files change places, and config.json comes last, so that an interrupted export loads as nothing, and one
     that fails for lack of space leaves the old export as it was; each stage is flushed to the disk before the next. Other files in `out/` are left alone.
 
@@ -78,7 +86,7 @@ def export(
         model: a model with a core, or without (then only the full model is written).
         out: the folder.
         core_format: see `extract_core`.
-        processing_class: tokenizer or processor to save beside both.
+        processing_class: tokenizer or processor to save beside each.
         max_shard_size: of one safetensors file.
         model_card: text of README.md.
 
@@ -97,13 +105,20 @@ def export(
         if has_core(full):
             core = get_core(full)
             core.sync(full)
-            core.write(staging / core.folder, _checked_format(core, core_format), max_shard_size)
-            if processing_class is not None:
-                processing_class.save_pretrained(staging / core.folder)
+            for folder, rank in core_folders(core).items():
+                with core.at_rank(rank):
+                    core.write(staging / folder, _checked_format(core, core_format), max_shard_size)
+                if processing_class is not None:
+                    processing_class.save_pretrained(staging / folder)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
         flush_all(staging)
         _swap_in(staging, target)
+
+
+def core_folders(core: Core) -> dict[str, Rank | None]:
+    """Folder -> rank of the core in it: the whole core (None), and beside it the smaller ones of a ladder."""
+    return {core.folder: None} | {f"{core.folder}-{name}": rank for name, rank in core.nested.items()}
 
 
 def check_writable(out: str | os.PathLike[str]) -> Path:
@@ -143,7 +158,8 @@ def _staging(target: Path) -> Iterator[Path]:
 def _swap_in(staging: Path, target: Path) -> None:
     """Exchange the files of two exports so that no moment of it loads as a mixture, nor what a power cut leaves of it."""
     new = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-    folders = [target / name for name in _FOLDERS]
+    rungs = sorted(path for path in target.glob("core-r*") if _RUNG_FOLDER.fullmatch(path.name))
+    folders = [*(target / name for name in _FOLDERS), *rungs]
     for old_entry in [folder / entry for folder in folders for entry in _ENTRIES]:
         old_entry.unlink(missing_ok=True)
     flush(*folders)

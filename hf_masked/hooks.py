@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         _core_wrapped: nn.Module
         _masked_steps: list[MaskedSteps]
         _splits: set[int]
+        _turns: list[int]
         _first_ride: int | None
         _meter: LossMeter
         _replay: ReplayBuffer

@@ -21,14 +21,15 @@ def add_core_section(card: Path, model: Any, log_history: list[dict[str, Any]], 
 def core_section(model: Any, log_history: list[dict[str, Any]], repo_id: str | None) -> str:
     """The section as Markdown."""
     core, summary = get_core(model), core_summary(model)
-    scores = paired_scores(log_history)
+    scores = paired_scores(log_history, list(core.nested))
+    sizes = {"full": summary.full, "core": summary.core} | {f"core-{name}": s for name, s in summary.nested.items()}
     rows = [
-        "| | full | core |",
-        "|---|---|---|",
-        f"| parameters | {summary.full.parameters:,} | {summary.core.parameters:,} |",
-        f"| bytes of weights | {summary.full.bytes:,} | {summary.core.bytes:,} |",
-        f"| FLOPs per token (forward) | {summary.full.flops_per_token:,} | {summary.core.flops_per_token:,} |",
-        *(f"| {name} | {full:.4f} | {core:.4f} |" for name, (full, core) in scores.items()),
+        _row(["", *sizes]),
+        _row(["---"] * (1 + len(sizes))).replace(" ", ""),
+        _row(["parameters", *(f"{size.parameters:,}" for size in sizes.values())]),
+        _row(["bytes of weights", *(f"{size.bytes:,}" for size in sizes.values())]),
+        _row(["FLOPs per token (forward)", *(f"{size.flops_per_token:,}" for size in sizes.values())]),
+        *(_row([name, *(f"{value:.4f}" for value in values)]) for name, values in scores.items()),
     ]
     where = repo_id or "path/to/this/folder"
     auto = f"{type(model).__module__.partition('.')[0]}"
@@ -52,16 +53,22 @@ def core_section(model: Any, log_history: list[dict[str, Any]], repo_id: str | N
     )
 
 
-def paired_scores(log_history: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """metric -> (full, core) of the last evaluation that has both."""
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells).lstrip() + " |"
+
+
+def paired_scores(log_history: list[dict[str, Any]], nested: list[str] | None = None) -> dict[str, tuple[float, ...]]:
+    """metric -> (full, core, then the smaller cores of these names) of the last evaluation that has all of them."""
+    prefixes = ["eval_", "eval_core_", *(f"eval_core_{name}_" for name in nested or [])]
     for row in reversed(log_history):
-        pairs = {
-            name: (row[name], row[name.replace("eval_", "eval_core_", 1)])
-            for name in row
-            if name.startswith("eval_")
-            and not any(part in name for part in _SPEED)
-            and name.replace("eval_", "eval_core_", 1) in row
+        columns = {
+            name: [name.replace("eval_", prefix, 1) for prefix in prefixes] for name in row if name.startswith("eval_")
         }
-        if pairs:
-            return pairs
+        scores = {
+            name: tuple(row[column] for column in of)
+            for name, of in columns.items()
+            if not any(part in name for part in _SPEED) and all(column in row for column in of)
+        }
+        if scores:
+            return scores
     return {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from .cores.base import Core, get_core
 from .plan import Plan
-from .schedules import resolve_step
+from .schedules import Sum, resolve_step
 from .types import Network, Schedule
 
 
@@ -104,6 +104,26 @@ def refuse_no_split(core: Any, schedule: Schedule) -> None:
             "before, because the core is fitted to inputs and has seen none; set split_at in --core_config, or call "
             "add_core(model, config, calibration=batches) first"
         )
+
+
+def refuse_rungs(core: Core, plan: Plan) -> None:
+    """Refuse what a core of several sizes has no meaning in.
+
+    Raises: ValueError.
+    """
+    reasons = {
+        "the schedule 'sum'": (isinstance(plan.schedule, Sum), "its one update of both networks would move all rungs"),
+        "a sparse backward of core updates": (
+            plan.core.backward is not None,
+            "it is of whole linear layers, and a smaller rung multiplies slices of them",
+        ),
+    }
+    for what, (applies, reason) in reasons.items():
+        if core.nested and applies:
+            raise ValueError(
+                f"got a core of several ranks with {what}; needs one without, because {reason}; set one rank in "
+                "--core_config, or another --schedule or method"
+            )
 
 
 def refuse_unsupported(trainer: Any, what: str) -> None:

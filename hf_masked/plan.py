@@ -1,6 +1,7 @@
 """A plan: a schedule and one phase per network, validated together before any training time is spent."""
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from .schedules import CoreOnly, FullOnly
 from .types import Mask, Network, Phase, Schedule, StepInfo
@@ -42,6 +43,11 @@ class Plan:
         wanted = {network, "sum"}
         return sum(len([n for n in self.schedule(StepInfo(t, max_steps, seed)) if n in wanted]) for t in range(until))
 
+    def turns(self, max_steps: int, seed: int) -> list[int]:
+        """How many core updates come before each update step."""
+        counts = (self.schedule(StepInfo(t, max_steps, seed)).count("core") for t in range(max_steps))
+        return [0, *accumulate(counts)][:-1]
+
     def first_ride(self, max_steps: int, seed: int) -> int | None:
         """The first update step that core updates follow, or None."""
         steps = range(max_steps)
@@ -78,7 +84,7 @@ class Plan:
 
 
 def within_core(plan: Plan, inside: Mask | None) -> Plan:
-    """The plan whose core updates move only what is inside of the core, where that is part of the full network's tensors.
+    """The plan whose core updates move only what the core's own mask says, where it has one.
 
     Raises: ValueError where the plan masks core updates already.
     """
@@ -88,7 +94,7 @@ def within_core(plan: Plan, inside: Mask | None) -> Plan:
     if plan.core.update_mask is not None or (changing and plan.core.grad_mask is not None):
         raise ValueError(
             "got a mask of core updates with a core that has one of its own; needs none, because the core's says what they may "
-            "move; drop that mask, or set coupling='free' and no grow_every in --core_config"
+            "move; drop that mask, or set coupling='free', one rank and no grow_every in --core_config"
         )
     if changing:  # it asks for gradients of more than it trains, and what it takes in has no moments yet
         return replace(plan, core=replace(plan.core, grad_mask=inside, update_mask=inside, state_policy="reset"))

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .cores import get_core
+from .cores.base import Rank
 from .hooks import JointHooks
 from .randomness import own_random_stream
 from .types import StepInfo
@@ -16,7 +17,7 @@ class JointReportingMixin(JointHooks):
     """The evaluation and logging half of `MaskedTrainerMixin`."""
 
     _evaluating_core = False
-    _core_seconds: tuple[str, float] | None = None
+    _core_seconds: tuple[str, float, float] | None = None
 
     def evaluation_loop(
         self,
@@ -32,18 +33,26 @@ class JointReportingMixin(JointHooks):
         if not self._joint or self._evaluating_core or get_core(self.model).active_thread is not None:
             return output
         started = time.time()
-        with self._as_core():
-            core_output: Any = super().evaluation_loop(
-                dataloader, f"{description} (core)", prediction_loss_only, ignore_keys, f"{metric_key_prefix}_core"
-            )
-        core_output.metrics.pop(f"{metric_key_prefix}_core_model_preparation_time", None)
-        output.metrics.update(core_output.metrics)
-        self._core_seconds = (metric_key_prefix, time.time() - started)
+        seconds = []
+        for name, rank in {"core": None, **{f"core_{n}": r for n, r in get_core(self.model).nested.items()}}.items():
+            with self._as_core(rank):
+                core_output: Any = super().evaluation_loop(
+                    dataloader,
+                    f"{description} ({name})",
+                    prediction_loss_only,
+                    ignore_keys,
+                    f"{metric_key_prefix}_{name}",
+                )
+            core_output.metrics.pop(f"{metric_key_prefix}_{name}_model_preparation_time", None)
+            output.metrics.update(core_output.metrics)
+            seconds.append(time.time() - started)
+        self._core_seconds = (metric_key_prefix, seconds[0], seconds[-1])
         return output
 
     @contextmanager
-    def _as_core(self) -> Iterator[None]:
-        """Trainer's evaluation sees the core as its model; no random number of the full network's run is drawn."""
+    def _as_core(self, rank: Rank | None = None) -> Iterator[None]:
+        """Trainer's evaluation sees the core (its part of that rank) as its model; no random number of the full network's run is
+        drawn."""
         core = get_core(self.model)
         core.sync(self.model)
         if self.accelerator.mixed_precision != "no" and "_original_forward" not in vars(core.model):
@@ -53,7 +62,7 @@ class JointReportingMixin(JointHooks):
         self._evaluating_core = True
         seed = StepInfo(self.state.global_step, self.state.max_steps, self.args.mask_seed).random_seed("evaluation")
         try:
-            with own_random_stream(seed, self.args.device):
+            with own_random_stream(seed, self.args.device), core.at_rank(rank):
                 yield
         finally:
             self._evaluating_core = False
@@ -68,12 +77,12 @@ class JointReportingMixin(JointHooks):
         """Give the full network's speed metrics without the seconds that the core took, and the core's own."""
         if self._core_seconds is None:
             return
-        prefix, seconds = self._core_seconds
+        prefix, seconds, all_seconds = self._core_seconds
         runtime = metrics.get(f"{prefix}_runtime")
         if runtime is None:
             return
         self._core_seconds = None
-        own = max(runtime - seconds, 1e-4)
+        own = max(runtime - all_seconds, 1e-4)
         metrics[f"{prefix}_runtime"] = round(own, 4)
         metrics[f"{prefix}_core_runtime"] = round(seconds, 4)
         for rate in ("samples_per_second", "steps_per_second"):

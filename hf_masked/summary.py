@@ -27,19 +27,23 @@ class NetworkSize:
 
 @dataclass(frozen=True)
 class CoreSummary:
-    """Sizes of the full network and of its core, and module path -> rank of a low-rank one; `str()` is a table."""
+    """Sizes of the full network and of its core, module path -> rank of a low-rank one, and name -> size of the smaller
+    ranks of a ladder; `str()` is a table."""
 
     full: NetworkSize
     core: NetworkSize
     ranks: dict[str, int] = field(default_factory=dict)
+    nested: dict[str, NetworkSize] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [f"{'':10}{'parameters':>15}{'bytes':>17}{'FLOPs/token':>17}"]
-        for name, size in (("full", self.full), ("core", self.core)):
+        cores = {"core": self.core} | {f"core-{name}": size for name, size in self.nested.items()}
+        for name, size in {"full": self.full, **cores}.items():
             rows.append(f"{name:10}{size.parameters:>15,}{size.bytes:>17,}{size.flops_per_token:>17,}")
-        ratios = [self.core.parameters / self.full.parameters, self.core.bytes / self.full.bytes]
-        ratios.append(self.core.flops_per_token / max(self.full.flops_per_token, 1))
-        rows.append(f"{'core/full':10}{ratios[0]:>15.1%}{ratios[1]:>17.1%}{ratios[2]:>17.1%}")
+        for name, size in cores.items():
+            ratios = [size.parameters / self.full.parameters, size.bytes / self.full.bytes]
+            ratios.append(size.flops_per_token / max(self.full.flops_per_token, 1))
+            rows.append(f"{f'{name}/full':10}{ratios[0]:>15.1%}{ratios[1]:>17.1%}{ratios[2]:>17.1%}")
         return "\n".join(rows + self._rank_lines())
 
     def _rank_lines(self) -> list[str]:
@@ -60,7 +64,11 @@ def core_summary(model: PreTrainedModel) -> CoreSummary:
     # the full network that is exported holds W alone, not its parts
     parts = {id(p) for m in full.modules() if isinstance(m, MergedLinear) for p in (m.A, m.B)}
     of_full = [p for p in full.parameters() if id(p) not in parts]
-    return CoreSummary(_size(of_full, full), _size(core.weights(), core.model), getattr(core, "ranks", {}))
+    nested = {}
+    for name, rank in core.nested.items():
+        with core.at_rank(rank):
+            nested[name] = _size(core.weights(), core.model)
+    return CoreSummary(_size(of_full, full), _size(core.weights(), core.model), getattr(core, "ranks", {}), nested)
 
 
 def network_size(model: nn.Module) -> NetworkSize:

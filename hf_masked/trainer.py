@@ -29,6 +29,7 @@ from .optimization import (
     make_core_optimizer,
     make_core_scheduler,
     refuse_no_split,
+    refuse_rungs,
     refuse_unsupported,
     split_steps,
     updates_of,
@@ -63,6 +64,7 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._pass = None
         self._masked_steps = []
         self._splits = set()
+        self._turns = []
         self._first_ride = None
         self._coverage = Coverage()
         self._begin_run(buffer=0)
@@ -110,6 +112,7 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self.plan = within_core(plan or args.make_plan(), self._the_core().update_mask())
         refuse_unsupported(self, "a core")
         refuse_no_split(self._the_core(), self.plan.schedule)
+        refuse_rungs(self._the_core(), self.plan)
         for phase in (self.plan.full, self.plan.core):
             refuse_meaningless(phase, self._trained(phase), args)
         if self.args.max_steps > 0:
@@ -192,6 +195,7 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._begin_run(buffer=self.args.distill_buffer)
         self._first_ride = self.plan.first_ride(max_steps, self.args.mask_seed)
         self._splits = split_steps(core.config, self.plan.schedule, max_steps)
+        self._turns = self.plan.turns(max_steps, self.args.mask_seed) if core.nested else []
 
     def _mask_steps_of(self, *optimizers: Any) -> None:
         masked = any(phase.update_mask is not None for phase in (self.plan.full, self.plan.core))

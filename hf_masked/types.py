@@ -35,6 +35,7 @@ class StepInfo:
         seed: `mask_seed` of the run.
         update: 0 for the update made on the trainer's own batch, 1, 2, ... for the core updates that ride along.
         learning_rate: of this update's first parameter group, for perturbations; None where it is not known.
+        turn: how many core updates of the run come before this one, where the core is trained at several sizes; else 0.
 
     >>> StepInfo(step=3, max_steps=10, seed=0).random_seed("grad_mask", "lm_head.weight")
     48511680502227794
@@ -45,6 +46,7 @@ class StepInfo:
     seed: int = 0
     update: int = 0
     learning_rate: float | None = None
+    turn: int = 0
 
     def random_seed(self, *names: str) -> int:
         """A seed that depends on (seed, step, update, names) alone, so a resumed run draws what it would have drawn."""

@@ -77,7 +77,9 @@ class UpdateStepMixin(WatchedStepMixin):
         return self._step
 
     def _begin_step(self, inputs: Any) -> None:
-        info = StepInfo(self.state.global_step, self.state.max_steps, getattr(self.args, "mask_seed", 0))
+        t = self.state.global_step
+        turn = self._turns[t] if self._turns else 0
+        info = StepInfo(t, self.state.max_steps, getattr(self.args, "mask_seed", 0), turn=turn)
         self._step = step = UpdateStep(info, self.plan.phases(info))
         if self._joint:
             self._take_turn(step, inputs)
@@ -114,14 +116,22 @@ class UpdateStepMixin(WatchedStepMixin):
         keep = network == "full" and (step.rides or teaches or self._kept_for_later(step.info))
         under_way = ForwardPass(phase, network, teaching, keep=keep, keep_teaching=teaches)
         apart: AbstractContextManager[None] = self._host_metrics_apart() if network == "core" else nullcontext()
-        self._watch_microbatch(model, inputs, num_items, phase, network, teaching)
-        with apart, self._audited(phase), self._displaced(model, inputs, num_items, phase, network, teaching):
-            loss = self._run(model, inputs, num_items, under_way)
+        with self._at_rung(network):
+            self._watch_microbatch(model, inputs, num_items, phase, network, teaching)
+            with apart, self._audited(phase), self._displaced(model, inputs, num_items, phase, network, teaching):
+                loss = self._run(model, inputs, num_items, under_way)
         if self._joint:
             # Trainer may have divided the loss by the number of microbatches; the label loss alone follows suit
             label_loss = loss if network == "full" else under_way.label_loss * (loss / under_way.total_loss)  # type: ignore[operator]
             self._meter.add(f"loss_{network}", label_loss, 1 / self.current_gradient_accumulation_steps)
         return loss
+
+    def _at_rung(self, network: str) -> AbstractContextManager[None]:
+        """The core at the rank of this update."""
+        if network != "core":
+            return nullcontext()
+        core = self._the_core()
+        return core.at_rank(core.rung(self._now().info))
 
     # ---- the slots ----
 
@@ -229,7 +239,7 @@ class UpdateStepMixin(WatchedStepMixin):
         held = self.current_gradient_accumulation_steps
         self._use(self._core)
         for update, phase in enumerate(step.phases[1:], start=1):
-            info = replace(step.info, update=update)
+            info = replace(step.info, update=update, turn=step.info.turn + update - 1)
             batch = self._replay.draw(info) if update > 1 and self.args.distill_buffer else newest
             self._step = UpdateStep(info, (phase,))
             try:

@@ -22,9 +22,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..typed import check_types
-from ..types import Mask
+from ..types import Mask, StepInfo
 from .modules import named_tensors, unwrap, without_autocast
 
+Rank = int | float
 Coupling = Literal["free", "shared"]
 ConfigType = TypeVar("ConfigType", bound="CoreConfig")
 _ATTRIBUTE = "hf_masked_core"
@@ -186,6 +187,26 @@ class Core:
         """Which entries of the core network's parameters a core update may move; None for all of them."""
         return None
 
+    @property
+    def nested(self) -> dict[str, Rank]:
+        """Name -> rank of the smaller cores inside this one that are trained, evaluated (`eval_core_<name>_loss`) and
+        exported (`core-<name>/`) with it, increasing; empty for a core of one size."""
+        return {}
+
+    def rung(self, info: StepInfo) -> Rank | None:
+        """The rank that a core update runs at; None for the whole core."""
+        return None
+
+    @contextmanager
+    def at_rank(self, rank: Rank | None) -> Iterator[None]:
+        """Inside, `model`, `extract`, `write` and `weights` are of the part of that rank; None for the whole core."""
+        if rank is not None:
+            raise ValueError(
+                f"got rank={rank!r} for a core of the kind {self.config.kind!r}; needs none, because only low_rank has parts "
+                "of smaller rank; drop rank="
+            )
+        yield
+
     # ---- what all kinds have in common ----
 
     def sync(self, full: nn.Module) -> None:
@@ -242,21 +263,25 @@ def attach_core(model: PreTrainedModel, core: Core) -> None:
 
 
 @contextmanager
-def core_mode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def core_mode(model: PreTrainedModel, rank: Rank | None = None) -> Iterator[PreTrainedModel]:
     """Inside this context the model is its core: `forward`, `generate`, `save_pretrained`, `named_parameters`.
 
     May be nested; the full network is back afterwards, also after an exception. Not for two threads at once: the
     switch belongs to the model object, so a second thread would run whichever network the first one chose. Threads
     that want both call `get_core(model).model` directly.
 
-    Raises: ValueError without a core; RuntimeError when another thread is inside.
+    Args: `rank`: run the part of that rank of a low-rank core, an int, or a fraction of min(in_features, out_features);
+        what is saved is the whole core, `extract_core(model, rank=...)` cuts it.
+
+    Raises: ValueError without a core, or for a rank that it does not hold; RuntimeError when another thread is inside.
 
     Cost: none per layer; the model's tables of children are exchanged.
     """
     full = unwrap(model)
     core = get_core(full)
     if core.active_thread == threading.get_ident():
-        yield model
+        with core.at_rank(rank):
+            yield model
         return
     if core.active_thread is not None:
         raise RuntimeError(
@@ -269,7 +294,8 @@ def core_mode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     core.active_thread = threading.get_ident()
     full.__dict__.update(mine)
     try:
-        yield model
+        with core.at_rank(rank):
+            yield model
     finally:
         full.__dict__.update(theirs)
         for only_mine in mine.keys() - theirs.keys():

@@ -1,5 +1,6 @@
 """The configuration of a low-rank core, checked when it is made."""
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .base import Core, CoreConfig, require
+from .ladder import RUNG_SAMPLINGS, RungSampling
 
 PRIVATE = ("none", "norms", "biases", "embeddings", "all")
 
@@ -26,6 +28,10 @@ class LowRankCoreConfig(CoreConfig):
         budget: in place of `rank`: the core's targets have at most that share in (0, 1] of the full ones' parameters,
             distributed so that the directions kept have the most energy; see `ranks.budget_ranks`. Targets of
             `rank_pattern` keep theirs, and it is paid from the budget.
+        ranks: in place of `rank`: a ladder of nested ranks in one core, increasing, all ints or all fractions. The largest is the
+            core; every core update runs at one of them, with the leading rows of A and columns of B alone, and each is
+            evaluated (`eval_core_r8_loss`) and exported (`core-r8/`).
+        rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
         target_modules: which linear maps; a list of names (suffixes of module paths), a regular expression that has to
             match the whole path, or "all-linear": every nn.Linear and Conv1D but the output head. PEFT's semantics. A head that is
             named is factorised in the core even where its weight is tied to the embedding, which stays dense.
@@ -62,6 +68,8 @@ class LowRankCoreConfig(CoreConfig):
     rank: int | float | str = 0.125
     rank_pattern: dict[str, int | float | str] = field(default_factory=dict)
     budget: float | None = None
+    ranks: list[int] | list[float] | None = None
+    rung_sampling: RungSampling = "sandwich"
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
     init: Literal["svd", "activation", "random"] = "svd"
@@ -82,12 +90,27 @@ class LowRankCoreConfig(CoreConfig):
                      "it is a share of the full targets' parameters")  # fmt: skip
             require(self.rank == LowRankCoreConfig.rank, "rank", self.rank, "none beside budget",
                      "the budget says the ranks; rank_pattern fixes single ones")  # fmt: skip
+        if self.ranks is not None:
+            self._check_ladder(self.ranks)
         inits = ("svd", "activation", "random")
         require(self.init in inits, "init", self.init, f"one of {inits}", "A and B start as one of them")
         require(self.calibration_batches >= 0, "calibration_batches", self.calibration_batches, "an integer >= 0",
                  "it counts batches")  # fmt: skip
         require(self.private is None or self.private in PRIVATE, "private", self.private, f"one of {PRIVATE}",
                  "it names what the core gets its own copy of")  # fmt: skip
+
+    def _check_ladder(self, ranks: list[int] | list[float]) -> None:
+        counts = all(isinstance(r, int) and r >= 1 for r in ranks)
+        shares = all(isinstance(r, float) and 0 < r <= 1 for r in ranks)
+        increasing = all(low < high for low, high in itertools.pairwise(ranks))
+        require(len(ranks) > 0 and (counts or shares) and increasing, "ranks", ranks,
+                 "increasing integers >= 1, or increasing fractions in (0.0, 1.0]",
+                 "every rung is part of the next, and numbers and fractions have no order that holds for all layers")  # fmt: skip
+        for name, absent in (("rank", LowRankCoreConfig.rank), ("rank_pattern", {}), ("budget", None)):
+            require(getattr(self, name) == absent, name, getattr(self, name), "none beside ranks",
+                     "the rungs are the ranks of every target; exclude_modules leaves single ones dense")  # fmt: skip
+        require(self.rung_sampling in RUNG_SAMPLINGS, "rung_sampling", self.rung_sampling, f"one of {RUNG_SAMPLINGS}",
+                 "it says which rung a core update runs at")  # fmt: skip
 
     @property
     def private_parameters(self) -> str:
@@ -99,6 +122,8 @@ class LowRankCoreConfig(CoreConfig):
         for pattern, value in self.rank_pattern.items():
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
+        if self.ranks is not None:
+            return self.ranks[-1]
         return self.rank if self.budget is None else None
 
     def resolve_rank(self, path: str, in_features: int, out_features: int) -> int:

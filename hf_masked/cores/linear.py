@@ -39,6 +39,7 @@ class FactorizedLinear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.active_rank = rank  # how many of the leading directions it runs with
         self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         # Some models ask a linear layer's weight for its dtype. And on disk, an empty tensor under that name makes stock
@@ -51,14 +52,30 @@ class FactorizedLinear(nn.Module):
 
     @property
     def flops_per_token(self) -> int:
-        return 2 * self.rank * (self.in_features + self.out_features)
+        return 2 * self.active_rank * (self.in_features + self.out_features)
+
+    def leading(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of A and the columns of B that it runs with, as views."""
+        return self.A.weight[: self.active_rank], self.B.weight[:, : self.active_rank]
+
+    def cut(self) -> None:
+        """Hold no more than what it runs with."""
+        if self.active_rank == self.rank:
+            return
+        A, B = self.leading()
+        self.A.weight, self.B.weight = (nn.Parameter(part.detach().clone()) for part in (A, B))
+        self.rank = self.A.out_features = self.B.in_features = self.active_rank
 
     def dense_weight(self) -> torch.Tensor:
         """B A, (out_features, in_features)."""
-        return self.B.weight @ self.A.weight
+        A, B = self.leading()
+        return B @ A
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.B(self.A(x))
+        if self.active_rank == self.rank:
+            return self.B(self.A(x))
+        A, B = self.leading()
+        return F.linear(F.linear(x, A), B, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

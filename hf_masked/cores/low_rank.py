@@ -1,17 +1,19 @@
 """The low-rank core: every target linear map W of the full network becomes B A of rank r."""
 
 import copy
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..types import StepInfo
+from ..types import Mask, StepInfo
 from .activations import best_weighted, input_moments
+from .base import Rank
 from .config import LowRankCoreConfig
+from .ladder import RungMask, choose_rung
 from .linear import FactorizedLinear, MergedLinear, MergingCore, best_rank_r, put_dense, random_factors
 from .modules import (
     clone_structure,
@@ -54,6 +56,8 @@ class LowRankCore(MergingCore):
         super().__init__(model, config, frozen)
         self.by_activation = config.init == "activation"
         self.sites, self.untied, self.calibrated = sites, untied, calibrated
+        self._rungs: list[Rank] = list(config.ranks or [])
+        self._rung_sampling = config.rung_sampling
 
     def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
         """Every target gets A, B from the truncated SVD of the full weight, or with init "activation" from that of its
@@ -99,8 +103,10 @@ class LowRankCore(MergingCore):
         extracted.requires_grad_(True)
         if self.untied and not tied_parameters(extracted):
             say_untied(extracted)
+        for path in self.sites:
+            linear_at(extracted, path).cut()
         if core_format == "factorized":
-            extracted.config.quantization_config = LowRankFormat(self.ranks)
+            extracted.config.quantization_config = LowRankFormat(self._running())
             return extracted
         for path, site in self.sites.items():
             factors = linear_at(extracted, path)
@@ -112,13 +118,79 @@ class LowRankCore(MergingCore):
         """Module path -> rank."""
         return {path: site.rank for path, site in self.sites.items()}
 
+    def _running(self) -> dict[str, int]:
+        return {path: linear_at(self.model, path).active_rank for path in self.sites}
+
+    # ---- a ladder of ranks ----
+
+    @property
+    def nested(self) -> dict[str, Rank]:
+        return {f"r{rank}": rank for rank in self._rungs[:-1]}
+
+    def rung(self, info: StepInfo) -> Rank | None:
+        if not self.nested:
+            return None
+        return self._rungs[choose_rung(len(self._rungs), self._rung_sampling, info)]
+
+    def ranks_at(self, rank: Rank | None) -> dict[str, int]:
+        """Module path -> rank of the part of that rank; a layer that holds less has what it holds.
+
+        Raises: ValueError for a rank below 1, or one that no layer holds.
+        """
+        if rank is None:
+            return self.ranks
+        share = isinstance(rank, float)
+        wanted = {
+            path: max(1, round(rank * min(site.in_features, site.out_features))) if share else int(rank)
+            for path, site in self.sites.items()
+        }
+        if not 0 < rank <= (1 if share else max(self.ranks.values())) or all(
+            wanted[p] > r for p, r in self.ranks.items()
+        ):
+            raise ValueError(
+                f"got rank={rank!r} of a core of ranks up to {max(self.ranks.values())}; needs an integer >= 1 or a fraction in "
+                "(0.0, 1.0] within that, because a part has no more directions than the whole; lower rank="
+            )
+        return {path: min(wanted[path], held) for path, held in self.ranks.items()}
+
+    @contextmanager
+    def at_rank(self, rank: Rank | None) -> Iterator[None]:
+        before = self._running()
+        self._run_at(self.ranks_at(rank))
+        try:
+            yield
+        finally:
+            self._run_at(before)
+
+    def _run_at(self, ranks: Mapping[str, int]) -> None:
+        for path, rank in ranks.items():
+            linear_at(self.model, path).active_rank = rank
+
+    def update_mask(self) -> Mask | None:
+        if not self.nested:
+            return None
+        return RungMask(self.ranks, lambda info: self.ranks_at(self.rung(info)))
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        factors = [linear_at(self.model, path) for path in self.sites]
+        cut = {id(w): part for f in factors for w, part in zip((f.A.weight, f.B.weight), f.leading(), strict=True)}
+        return [cut.get(id(p), p) for p in self.model.parameters()]
+
     def fingerprint(self) -> dict[str, Any]:
         values = self.config.to_dict()
-        return {"ranks": self.ranks, "coupling": values["coupling"], "private": values["private"]}
+        ladder = {name: values[name] for name in ("ranks", "rung_sampling")} if self.nested else {}
+        made = {"ranks": self.ranks, "coupling": values["coupling"], "private": values["private"]}
+        return made | ({"ladder": ladder} if ladder else {})
 
     def loading_lines(self, class_name: str, where: str) -> list[str]:
         comment = "import hf_masked  # the core's linear layers are factorised; this teaches Transformers to load them"
-        return [comment, "", f'core = {class_name}.from_pretrained("{where}", subfolder="{self.folder}")']
+        folders = [self.folder, *(f"{self.folder}-{name}" for name in self.nested)]
+        variables = ["core", *(f"core_{name.replace('.', '_')}" for name in self.nested)]
+        lines = [
+            f'{variable} = {class_name}.from_pretrained("{where}", subfolder="{folder}")'
+            for variable, folder in zip(variables, folders, strict=True)
+        ]
+        return [comment, "", *lines]
 
     def counterparts(self, full: nn.Module) -> dict[str, torch.Tensor]:
         theirs = super().counterparts(full)

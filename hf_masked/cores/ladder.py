@@ -1,0 +1,68 @@
+"""A ladder of ranks in one core: which rung a core update runs at, and which entries of A and B it may move.
+
+With A (r, n) and B (m, r), the rung of rank k <= r is  x -> B[:, :k] (A[:k] x) + b: its directions are the first k of
+every larger rung, and at a split they are the k largest singular ones.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from ..types import StepInfo
+
+RungSampling = Literal["sandwich", "round_robin"]
+RUNG_SAMPLINGS: tuple[RungSampling, ...] = ("sandwich", "round_robin")
+
+
+def choose_rung(rungs: int, sampling: RungSampling, info: StepInfo) -> int:
+    """Which of `rungs` rungs, from the smallest at 0, a core update runs at; a function of (seed, turn) alone.
+
+    Args:
+        rungs: how many there are, >= 1.
+        sampling: "sandwich": every three core updates are of the smallest, the largest and a random one between, in
+            random order (every two are of both, where there are two); "round_robin": each in turn, from the largest.
+        info: of the update; its `turn` counts core updates.
+
+    Source: the sandwich rule of Yu and Huang, "Universally Slimmable Networks", ICCV 2019. Deviation: they sum the
+        gradients of all three in one update; here each is an update of its own, so a rung's moments are of its own gradients.
+
+    >>> [choose_rung(4, "round_robin", StepInfo(0, 9, turn=t)) for t in range(5)]
+    [3, 2, 1, 0, 3]
+    """
+    if sampling == "round_robin":
+        return rungs - 1 - info.turn % rungs
+    cycle, place = divmod(info.turn, min(rungs, 3))
+    draws = replace(info, step=cycle, update=0).generator("rungs")
+    order = torch.randperm(min(rungs, 3), generator=draws)
+    between = int(torch.randint(1, rungs - 1, (), generator=draws)) if rungs > 2 else 0
+    return (0, rungs - 1, between)[int(order[place])]
+
+
+@dataclass(frozen=True)
+class RungMask:
+    """p of a core update at a rung of rank k: rows of A and columns of B from k on are held still, all else moves.
+
+    Args:
+        held: module path -> r, the rank of the factors there.
+        at: the update -> module path -> k.
+
+    >>> mask = RungMask({"q": 3}, lambda info: {"q": 1})(StepInfo(0, 1), {"q.A.weight": torch.zeros(3, 2)})
+    >>> mask["q.A.weight"].flatten().tolist()
+    [True, False, False]
+    """
+
+    held: Mapping[str, int]
+    at: Callable[[StepInfo], Mapping[str, int]]
+
+    def __call__(self, info: StepInfo, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        masks = {}
+        for path, rank in self.at(info).items():
+            if rank == self.held[path]:
+                continue
+            for name, shape in ((f"{path}.A.weight", (-1, 1)), (f"{path}.B.weight", (1, -1))):
+                if name in gradients:
+                    kept = torch.arange(self.held[path], device=gradients[name].device) < rank
+                    masks[name] = kept.reshape(shape)
+        return masks
