@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..apply import Parameters, evaluate_mask, looks_at_names, rules_of
+from ..compressed_reduction import CompressedReduction
 from ..cores import GrownMasks
 from ..masks import DynamicSparsity, ErrorFeedback, Fisher, Fixed
 from ..types import Phase, StepInfo
@@ -12,6 +13,8 @@ from ..types import Phase, StepInfo
 # of the optimizers that Trainer offers: those without state per entry, and those that step inside backward
 _NOT_PER_ENTRY = ("adafactor", "8bit", "galore", "apollo")
 _IN_BACKWARD = ("lomo", "layerwise")
+# rules that keep gradients
+_REMEMBERS = (ErrorFeedback, CompressedReduction, Fisher, DynamicSparsity, GrownMasks)
 
 
 def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
@@ -46,8 +49,7 @@ def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
             '{"state_policy": "decay"} in --method_config, or another --optim',
         ),
         (
-            args.fp16
-            and any(isinstance(rule, ErrorFeedback | Fisher | DynamicSparsity | GrownMasks) for rule in rules),
+            args.fp16 and any(isinstance(rule, _REMEMBERS) and getattr(rule, "feedback", True) for rule in rules),
             "--fp16",
             "what it remembers of gradients would be in units of a loss scale that changes, and overflow with it; set --bf16",
         ),
