@@ -1,5 +1,6 @@
-"""What the rules of a plan have seen, in a checkpoint: `joint/method.safetensors`."""
+"""What the rules of a plan have seen, in a checkpoint: `joint/method.safetensors`, or one file for each process."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 
 from .plan import Plan
 
-_FILE = Path("joint", "method.safetensors")
+_FOLDER = "joint"
 _SLOTS = ("perturbation", "grad_mask", "update_mask", "backward")
 
 
@@ -24,28 +25,44 @@ def _stateful(plan: Plan) -> dict[str, Any]:
     return found
 
 
-def save(plan: Plan, checkpoint: str | Path, method: str) -> None:
-    """Write what the rules have seen; nothing where they keep nothing."""
+@dataclass(frozen=True)
+class Process:
+    """Which of how many processes this is."""
+
+    index: int = 0
+    count: int = 1
+
+    def file(self, rules: dict[str, Any]) -> str:
+        """The name of its file: one for all, unless a rule sees each process's own gradients."""
+        apart = self.count > 1 and any(getattr(rule, "per_process", False) for rule in rules.values())
+        return f"method-{self.index}-of-{self.count}.safetensors" if apart else "method.safetensors"
+
+
+def save(plan: Plan, checkpoint: str | Path, method: str, process: Process) -> None:
+    """Write what the rules have seen; nothing where they keep nothing. To be called on every process."""
+    rules = _stateful(plan)
+    file = Path(checkpoint, _FOLDER, process.file(rules))
+    if not rules or (process.index > 0 and file.name == process.file({})):
+        return
     tensors = {
         f"{slot}/{key}": tensor.detach().contiguous().clone()
-        for slot, rule in _stateful(plan).items()
+        for slot, rule in rules.items()
         for key, tensor in rule.state_dict().items()
     }
-    if _stateful(plan):
-        file = Path(checkpoint) / _FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, file, metadata={"method": method})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"method": method})
 
 
-def load(plan: Plan, checkpoint: str | Path | None, method: str) -> None:
+def load(plan: Plan, checkpoint: str | Path | None, method: str, process: Process) -> None:
     """Let the rules go on from a checkpoint, or begin anew without one.
 
-    Raises: ValueError for a checkpoint without their state, or made with another method.
+    Raises: ValueError for a checkpoint without their state, made with another method, or where each process has its own,
+        by another number of processes.
     """
     rules = _stateful(plan)
     if not rules:
         return
-    tensors = {} if checkpoint is None else _read(Path(checkpoint) / _FILE, method)
+    tensors = {} if checkpoint is None else _read(Path(checkpoint, _FOLDER, process.file(rules)), method)
     for slot, rule in rules.items():
         mine = f"{slot}/"
         rule.load_state_dict({key.removeprefix(mine): t for key, t in tensors.items() if key.startswith(mine)})
@@ -59,7 +76,7 @@ def _read(file: Path, method: str) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"got a checkpoint whose {file} cannot be read ({error}); needs what the method had seen, because it would "
-            "begin anew; set --method as it was, or name another checkpoint"
+            "begin anew; set --method and the number of processes as they were, or name another checkpoint"
         ) from None
     if made_with != method:
         raise ValueError(

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from .schedules import CoreOnly, FullOnly
+from .compressed_reduction import CompressedReduction
+from .schedules import CoreOnly, FullOnly, Sum
 from .types import Mask, Network, Phase, Schedule, StepInfo
 
 
@@ -32,6 +33,12 @@ class Plan:
                 raise ValueError(
                     f"got a phase of the network {phase.network!r} as {name}=; needs Phase({name!r}, ...)"
                 )
+
+        if isinstance(self.schedule, Sum) and isinstance(self.full.grad_mask, CompressedReduction):
+            raise ValueError(
+                "got compressed communication with the schedule sum; needs another schedule, because its one gradient comes "
+                "out of two reductions; set communicate in --method_config to 'dense', or --schedule"
+            )
 
     def phases(self, info: StepInfo) -> tuple[Phase, ...]:
         """The phases of update step `info.step`, the first on the trainer's own batch."""

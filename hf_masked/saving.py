@@ -113,8 +113,8 @@ class JointSavingMixin(TrainingStateMixin):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._trains_slots and self.args.should_save:
-            method_state.save(self.plan, output_dir, self._method())
+        if self._trains_slots:
+            method_state.save(self.plan, output_dir, self._method(), self._process())
         if self._joint:
             joint_state.save_training(output_dir, self._core_training(), self.args.should_save)
 
@@ -126,6 +126,9 @@ class JointSavingMixin(TrainingStateMixin):
 
     def _method(self) -> str:
         return getattr(self.args, "method", None) or "a plan of its own"
+
+    def _process(self) -> method_state.Process:
+        return method_state.Process(self.args.process_index, self.args.world_size)
 
     # ---- loading ----
 
@@ -191,7 +194,7 @@ class JointSavingMixin(TrainingStateMixin):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._trains_slots:
-            method_state.load(self.plan, checkpoint, self._method())
+            method_state.load(self.plan, checkpoint, self._method(), self._process())
         if self._joint and checkpoint is not None:
             joint_state.load_training(checkpoint, self._core_training(), self.args.device)
 

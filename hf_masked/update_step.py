@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .apply import hold_still, mask_update, release, zero_outside
+from .compressed_reduction import CompressedReduction
 from .cores import split
 from .distillation import Teaching
 from .forward_pass import ForwardPass, UpdateStep
@@ -81,10 +82,20 @@ class UpdateStepMixin(WatchedStepMixin):
         turn = self._turns[t] if self._turns else 0
         info = StepInfo(t, self.state.max_steps, getattr(self.args, "mask_seed", 0), turn=turn)
         self._step = step = UpdateStep(info, self.plan.phases(info))
+        self._compress_reductions()
         if self._joint:
             self._take_turn(step, inputs)
         self._begin_watch(step.phases[0])
         self._hold_still(step.phases[0])
+
+    def _compress_reductions(self) -> None:
+        """Hand the reduction of gradients over to the rules that make it, once the networks are wrapped."""
+        wrapped = [(self.plan.full, self.model_wrapped, self.model)]
+        if self._joint:
+            wrapped.append((self.plan.core, self._core_wrapped, self.core_model))
+        for phase, network, model in wrapped:
+            if isinstance(phase.grad_mask, CompressedReduction):
+                phase.grad_mask.attach(network, dict(model.named_parameters()), lambda: self._now().info)
 
     def _take_turn(self, step: UpdateStep, inputs: Any) -> None:
         """Split the core where this step asks for it, and let the network that is trained step its own optimizer.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..apply import Parameters, evaluate_mask, looks_at_names, rules_of
+from ..compressed_reduction import CompressedReduction
 from ..cores import GrownMasks
 from ..masks import DynamicSparsity, Fixed
 from ..types import Phase, StepInfo
@@ -12,6 +13,8 @@ from ..types import Phase, StepInfo
 # of the optimizers that Trainer offers: those without state per entry, and those that step inside backward
 _NOT_PER_ENTRY = ("adafactor", "8bit", "galore", "apollo")
 _IN_BACKWARD = ("lomo", "layerwise")
+# rules that keep gradients
+_REMEMBERS = (ErrorFeedback, CompressedReduction, Fisher, DynamicSparsity, GrownMasks)
 
 
 def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
@@ -49,6 +52,11 @@ def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
             args.fp16 and any(isinstance(rule, DynamicSparsity | GrownMasks) for rule in rules),
             "--fp16",
             "a change of masks that falls on an update which overflows would be lost or late; set --bf16",
+        ),
+        (
+            args.fp16 and any(isinstance(rule, CompressedReduction) and rule.feedback for rule in rules),
+            "--fp16",
+            "what is left out would be kept in units of a loss scale that changes, before it is taken out; set --bf16",
         ),
         (
             any(hasattr(rule, "support") for rule in rules) and any(name.endswith(".R") for name in parameters),

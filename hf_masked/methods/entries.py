@@ -1,12 +1,18 @@
 """Methods that train single entries: the largest gradients, random ones, or those of a file."""
 
+from typing import Literal
+
 from safetensors.torch import load_file
 
+from ..compressed_reduction import CompressedReduction
 from ..masks import ErrorFeedback, Fisher, Fixed, Magnitude, RandK, RandomCoordinates, TopK
 from ..masks.entries import Scope
 from ..types import StatePolicy
 from ..values import Spec
 from .base import Method, both, check, check_choice, check_count, density_value
+
+Communicate = Literal["dense", "compressed"]
+COMMUNICATE = ("dense", "compressed")
 
 
 def sgd() -> Method:
@@ -29,28 +35,42 @@ def top_k(density: Spec = 0.1, scope: Scope = "tensor", state_policy: StatePolic
     return both(TopK(density_value(density), scope), state_policy)
 
 
-def topk_ef(density: Spec = 0.01, scope: Scope = "tensor") -> Method:
+def topk_ef(density: Spec = 0.01, scope: Scope = "tensor", communicate: Communicate = "dense") -> Method:
     """Compressed gradients with memory: the top-k of gradient plus error is used, the rest is kept for later.
 
     (dx, p) = (0, top-k of |g + e|). Stich, Cordonnier, Jaggi 2018 (k = 1 % and less). No extra pass; memory: one copy of
     the gradients, saved in checkpoints. Known: late gradients are stale ones, and under Adam their size misleads the
-    second moments. Deviation: compresses the gradient averaged over workers; momentum and decay act on every entry.
+    second moments. `communicate` "compressed": each process sends the top-k of its own gradient plus error, values and
+    indices, which is less than plain reduction while density * processes < 1 (in float32), and keeps an error of its own.
+    Deviation: "dense" compresses the gradient averaged over processes, after all of it has travelled; momentum and
+    decay act on every entry.
     """
     check_choice("scope", scope, ("tensor", "global"))
-    return Method(grad_mask=ErrorFeedback(TopK(density_value(density), scope)))
+    check_choice("communicate", communicate, COMMUNICATE)
+    rule = TopK(density_value(density), scope)
+    return Method(grad_mask=CompressedReduction(rule) if communicate == "compressed" else ErrorFeedback(rule))
 
 
 def rand_k(
-    density: Spec = 0.1, every: int = 1, error_feedback: bool = False, state_policy: StatePolicy = "freeze"
+    density: Spec = 0.1,
+    every: int = 1,
+    error_feedback: bool = False,
+    state_policy: StatePolicy = "freeze",
+    communicate: Communicate = "dense",
 ) -> Method:
     """Random-k: exactly a share `density` of every tensor's entries is trained, drawn every `every` steps.
 
     (dx, p) = (0, k random entries). Stich et al. 2018; `every` 0 draws once for the whole run. No extra pass, no memory;
     with `error_feedback` as topk_ef. Known: converges slower than top-k at the same k. Deviation: kept entries are not
-    scaled by 1 / density, since p is 0/1.
+    scaled by 1 / density, since p is 0/1. `communicate` "compressed": the values of the k entries are all that is reduced
+    over processes, which changes no number.
     """
     check_count("every", every, least=0)
+    check_choice("communicate", communicate, COMMUNICATE)
     rule = RandK(density_value(density), every)
+    if communicate == "compressed":
+        compressed = CompressedReduction(rule, feedback=error_feedback)
+        return Method(grad_mask=compressed) if error_feedback else both(compressed, state_policy)
     return Method(grad_mask=ErrorFeedback(rule)) if error_feedback else both(rule, state_policy)
 
 
