@@ -13,8 +13,6 @@ from ..types import Phase, StepInfo
 # of the optimizers that Trainer offers: those without state per entry, and those that step inside backward
 _NOT_PER_ENTRY = ("adafactor", "8bit", "galore", "apollo")
 _IN_BACKWARD = ("lomo", "layerwise")
-# rules that keep gradients
-_REMEMBERS = (ErrorFeedback, CompressedReduction, Fisher, DynamicSparsity, GrownMasks)
 
 
 def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
