@@ -152,7 +152,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"schedule": {"name": "random", "probability": 1.0}}, "probability=1.0.*--schedule"),
     ({"schedule": {"name": "ride_along", "core_updates": -1}}, "core_updates=-1.*--schedule"),
     ({"schedule": {"name": "ride_along", "start": 1.5}}, "start=1.5.*--schedule"),
-    ({"core_config": {"ranks": 4}}, "ranks.*rank.*--core_config"),
+    ({"core_config": {"rnk": 4}}, "rnk.*rank.*--core_config"),
     ({"core_config": "rank=4"}, "JSON.*"),
     ({"core_config": "[4]"}, "JSON object"),
     ({"core_config": {"rank": 0}}, "rank=0.*>= 1.*--core_config"),
