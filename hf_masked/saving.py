@@ -155,8 +155,8 @@ class JointSavingMixin(TrainingStateMixin):
             return
         core = get_core(self.model)
         joint_state.check_weights(self.model, core, resume_from_checkpoint)
-        joint_state.check_training(resume_from_checkpoint, not self._one_state(), self._of_process(""))
         self._check_training_state(resume_from_checkpoint)
+        joint_state.check_training(resume_from_checkpoint, not self._one_state(), self._of_process(""))
         if core.full_is_plain:
             load_full(self.model, resume_from_checkpoint)
         joint_state.load_weights(self.model, core, resume_from_checkpoint)
