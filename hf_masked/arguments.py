@@ -1,7 +1,7 @@
 """The fields that joint training adds to `TrainingArguments`, each checked when it is parsed."""
 
 import dataclasses
-import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from .cores import CORE_KINDS, CoreConfig, LowRankCoreConfig
 from .methods import fill_phases, summaries
 from .plan import Plan
 from .schedules import CoreOnly, FullOnly, Sum, make_schedule
-from .typed import check_types
+from .typed import check_types, json_object
 from .types import Phase
 
 _CHOICES = {
@@ -174,10 +174,10 @@ class MaskedArgumentsMixin:
                 raise ValueError(f"got {name}={value!r}; needs an integer >= {least}; set --{name}")
         if self.core_learning_rate_scale is None:
             self.core_learning_rate_scale = 1.0 if self.preset == "paper" else 2.0
-        if not self.core_learning_rate_scale > 0:
+        if not 0 < self.core_learning_rate_scale < math.inf:
             raise ValueError(
-                f"got core_learning_rate_scale={self.core_learning_rate_scale}; needs a number > 0, because the core would "
-                "not move; set --core_learning_rate_scale"
+                f"got core_learning_rate_scale={self.core_learning_rate_scale}; needs a finite number > 0, because it "
+                "multiplies the learning rate of the core's updates; set --core_learning_rate_scale"
             )
         schedule = make_schedule(self.schedule)
         if isinstance(schedule, Sum) and self.moments == "per_phase":
@@ -223,12 +223,14 @@ class MaskedArgumentsMixin:
     def make_core_config(self) -> CoreConfig:
         """The core's configuration that the fields describe."""
         kind = CORE_KINDS[self.core or LowRankCoreConfig.kind]
-        values = self.core_config
-        config = kind.from_json(values) if isinstance(values, str) else kind.from_dict(values or {})
+        given = json_object(self.core_config, "core_config", '{"rank": 0.125}')
+        config = kind.from_dict(given)
         if self.preset == "paper":
-            given = json.loads(values) if isinstance(values, str) else (values or {})
-            if given.get("coupling", "shared") != "shared":
-                raise ValueError("got coupling='free' with preset='paper'; needs 'shared', because W = B A + R there")
+            if "coupling" in given and config.coupling != "shared":
+                raise ValueError(
+                    f"got coupling={config.coupling!r} with preset='paper'; needs 'shared', because W = B A + R there; drop "
+                    "--preset, or coupling from --core_config"
+                )
             config.coupling = "shared"
         return config
 

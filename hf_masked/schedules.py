@@ -1,13 +1,13 @@
 """Schedules: update step -> which networks are trained in it. Pure functions of the step and the seed."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .typed import json_object
 from .types import Network, Schedule, StepInfo
 
 
@@ -195,14 +195,8 @@ def make_schedule(spec: dict[str, Any] | str | None) -> Schedule:
 
     Raises: ValueError for an unknown name, an unknown option, or a value out of range.
     """
-    if isinstance(spec, str):
-        try:
-            spec = json.loads(spec) if spec.lstrip().startswith("{") else {"name": spec}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"got --schedule {spec!r}; needs a name or valid JSON, because {error}") from None
-    if not isinstance(spec, dict):
-        raise ValueError(f"got schedule {spec!r}; needs a name or a JSON object with one; set --schedule")
-    options = dict(spec)
+    named = isinstance(spec, str) and not spec.lstrip().startswith("{")
+    options = json_object({"name": spec} if named else spec, "schedule", '{"name": "ride_along"}')
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(f"got schedule {name!r}; needs one of {sorted(SCHEDULES)}; set --schedule")

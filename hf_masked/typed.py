@@ -1,7 +1,8 @@
 """Values that came from JSON, YAML or a command line, held against the type hints of the fields they are for."""
 
+import json
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -44,3 +45,33 @@ def _fits(value: object, hint: Any) -> bool:
 
 def _spelt(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+
+
+def from_json(value: Any, name: str, rule: str, advice: str) -> Any:
+    """What a text says as JSON; anything else is itself.
+
+    Raises: ValueError for text that is no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"got {name}={value!r}; needs {rule}, because {error}; {advice}") from None
+
+
+def json_object(value: Any, flag: str, example: str) -> dict[str, Any]:
+    """The options that a flag holds, a mapping or JSON text; a copy, empty for None.
+
+    >>> json_object('{"rank": 8}', "core_config", '{"rank": 0.125}')
+    {'rank': 8}
+
+    Raises: ValueError for what is no JSON object.
+    """
+    if value is None:
+        return {}
+    rule = f"a JSON object such as '{example}'"
+    options = from_json(value, flag, rule, f"set --{flag}")
+    if not isinstance(options, Mapping):
+        raise ValueError(f"got {flag}={value!r}; needs {rule}, because options have names; set --{flag}")
+    return dict(options)

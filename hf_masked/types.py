@@ -11,6 +11,7 @@ AISTATS 2022. A stateful optimizer splits p in two: `grad_mask` multiplies the g
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -176,19 +177,19 @@ class Phase:
             raise ValueError(
                 f"got state_policy={self.state_policy!r}; needs one of {STATE_POLICIES}; set it in --method_config"
             )
-        if not self.loss_weight > 0:
+        if not 0 < self.loss_weight < math.inf:
             raise ValueError(
-                f"got core_loss_weight={self.loss_weight}; needs a number > 0, because a core step without a loss "
-                "trains nothing; set --schedule full_only to leave the core alone"
+                f"got core_loss_weight={self.loss_weight}; needs a finite number > 0, because a core step without a loss "
+                "trains nothing; set --core_loss_weight, or --schedule full_only to leave the core alone"
             )
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(
                 f"got distill_weight={self.distill_weight}; needs a number in [0, 1], because it mixes the label loss "
                 "with the divergence from the full network; set --distill_weight"
             )
-        if not self.distill_temperature > 0:
+        if not 0 < self.distill_temperature < math.inf:
             raise ValueError(
-                f"got distill_temperature={self.distill_temperature}; needs a number > 0, because logits are divided "
+                f"got distill_temperature={self.distill_temperature}; needs a finite number > 0, because logits are divided "
                 "by it; set --distill_temperature"
             )
 

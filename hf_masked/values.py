@@ -1,12 +1,12 @@
 """Scalars of a method that may change while training: numbers, or update step -> number."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 from .schedules import resolve_step
+from .typed import from_json
 from .types import StepInfo
 
 Spec: TypeAlias = float | int | str | dict[str, Any] | Callable[[StepInfo], float]
@@ -172,13 +172,7 @@ def make_value(spec: Spec, option: str, low: float, high: float = math.inf, *, a
 
 
 def _parse(spec: Any, option: str) -> Any:
-    if isinstance(spec, str):
-        try:
-            spec = json.loads(spec)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"got {option}={spec!r}; needs a number or JSON, because {error}; set it in --method_config"
-            ) from None
+    spec = from_json(spec, option, "a number or JSON", "set it in --method_config")
     if not isinstance(spec, dict):
         return Constant(spec)
     options = dict(spec)

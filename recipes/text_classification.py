@@ -9,7 +9,6 @@ recipes: the full network, its core, a plot and a table; `--compare` adds the al
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,6 +34,7 @@ from transformers import (
 
 from hf_masked import LoraCoreConfig, MaskedTrainer, MaskedTrainingArguments
 from hf_masked.methods import METHODS
+from hf_masked.typed import json_object
 
 # where GLUE keeps its texts
 GLUE_COLUMNS = {
@@ -92,15 +92,10 @@ class ClassificationArguments(RecipeArguments):
 
         Raises: ValueError for what is no JSON object, or names a method that is not run.
         """
-        try:
-            options = json.loads(self.method_configs or "{}")
-        except json.JSONDecodeError as error:
+        options = json_object(self.method_configs, "method_configs", '{"sam": {"rho": 0.1}}')
+        if unknown := sorted(set(options) - set(self.methods or ())):
             raise ValueError(
-                f"got method_configs={self.method_configs!r}; needs a JSON object, because {error}; set --method_configs"
-            ) from None
-        if not isinstance(options, dict) or (unknown := sorted(set(options) - set(self.methods or ()))):
-            raise ValueError(
-                f"got method_configs for {unknown if isinstance(options, dict) else options!r}; needs options by names in "
+                f"got method_configs for {unknown}; needs options by names in "
                 "--methods, because others would be ignored; set --method_configs"
             )
         return options

@@ -147,7 +147,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"preset": "best"}, "preset='best'.*--preset"),
     ({"schedule": "often"}, "'often'.*ride_along.*--schedule"),
     ({"schedule": {"name": "alternate", "core_step": 2}}, "core_step.*core_steps.*--schedule"),
-    ({"schedule": '{"name": "alternate", '}, "valid JSON.*"),
+    ({"schedule": '{"name": "alternate", '}, "JSON object.*"),
     ({"schedule": {"name": "alternate", "core_steps": 0}}, "core_steps=0.*--schedule"),
     ({"schedule": {"name": "random", "probability": 1.0}}, "probability=1.0.*--schedule"),
     ({"schedule": {"name": "ride_along", "core_updates": -1}}, "core_updates=-1.*--schedule"),
@@ -163,22 +163,36 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"core_config": {"private": "heads"}}, "private='heads'.*--core_config"),
     ({"core_config": {"split_every": 0}}, "split_every=0.*--core_config"),
     ({"core_config": {"split_at": [1, -2]}}, "split_at=-2.*--core_config"),
+    ({"core_config": "null"}, "JSON object"),
+    ({"core_config": {"coupling": "free"}, "preset": "paper"}, "coupling='free'.*drop --preset"),
     ({"core_loss_weight": 0.0}, "core_loss_weight=0.0"),
+    ({"core_loss_weight": float("inf")}, "core_loss_weight=inf"),
     ({"core_learning_rate_scale": 0.0}, "core_learning_rate_scale=0.0.*--core_learning_rate_scale"),
     ({"distill_weight": 1.5}, "distill_weight=1.5.*--distill_weight"),
     ({"distill_temperature": 0.0}, "distill_temperature=0.0.*--distill_temperature"),
     ({"distill_buffer": -1}, "distill_buffer=-1.*--distill_buffer"),
     ({"distill_top_k": 0}, "distill_top_k=0.*--distill_top_k"),
     ({"moments": "own"}, "moments='own'.*--moments"),
-    ({"schedule": "sum", "moments": "per_phase"}, "moments.*sum.*--moments"),
+    ({"moments": "per_phase", "schedule": "sum"}, "moments.*sum.*--moments"),
     ({"lr_curve": "own"}, "lr_curve='own'.*--lr_curve"),
+    ({"method": "topk"}, "method 'topk'.*top_k.*--method"),
+    ({"method_config": "[1]", "method": "top_k"}, "JSON object"),
+    ({"method_config": {"density": 2.0}, "method": "top_k"}, "density=2.0.*<= 1.*--method_config"),
+    ({"diagnostics_steps": -1}, "diagnostics_steps=-1.*>= 0"),
+    ({"audit": "maybe"}, "audit='maybe'.*bool"),
+    ({"mask_seed": 1.5}, "mask_seed=1.5.*int"),
 ]
 
 
 @pytest.mark.parametrize(("given", "message"), REFUSED, ids=str)
 def test_bad_values_name_their_flag(given: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"(?s)got .*{message}"):
+    with pytest.raises(ValueError, match=f"(?s)got .*{message}") as refused:
         arguments(tmp_path, **{"core": "low_rank"} | given)
+    assert f"--{next(iter(given))}" in str(refused.value)
+
+
+def test_every_field_refuses_something() -> None:
+    assert {name for given, _ in REFUSED for name in given} == set(FIELDS)
 
 
 # --- bad models --------------------------------------------------------------------------------------------------------

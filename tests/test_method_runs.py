@@ -130,7 +130,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "adam"}, "method 'adam'.*one of.*--method"),
     ({"method": "top_k", "method_config": {"k": 3}}, "'k'.*density.*--method_config"),
     ({"method": "top_k", "method_config": {"density": 0}}, "density=0.*--method_config"),
-    ({"method": "top_k", "method_config": '{"density": '}, "valid JSON"),
+    ({"method": "top_k", "method_config": '{"density": '}, "JSON object"),
     ({"method": "top_k", "method_config": {"scope": "layer"}}, "scope='layer'.*--method_config"),
     ({"method": "top_k", "method_config": {"state_policy": "keep"}}, "state_policy='keep'.*--method_config"),
     ({"method": "top_k", "method_config": {"apply_to": "all"}}, "apply_to='all'.*--method_config"),

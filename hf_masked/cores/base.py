@@ -8,7 +8,6 @@ distributed wrapper, or a stock `Trainer` of the full model see the full model a
 """
 
 import copy
-import json
 import re
 import threading
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..typed import check_types
+from ..typed import check_types, json_object
 from ..types import Mask, StepInfo
 from .modules import named_tensors, unwrap, without_autocast
 
@@ -94,13 +93,7 @@ class CoreConfig:
     @classmethod
     def from_json(cls: type[ConfigType], text: str) -> ConfigType:
         """From a JSON object, as `--core_config` takes it."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"got --core_config {text!r}; needs a JSON object, because {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"got --core_config {text!r}; needs a JSON object such as '{{\"split_every\": 100}}'")
-        return cls.from_dict(values)
+        return cls.from_dict(json_object(text, "core_config", '{"split_every": 100}'))
 
 
 class Core:

@@ -7,10 +7,10 @@ wrong, and how this deviates. Options whose type is `Spec` take a number or a sc
 """
 
 import inspect
-import json
 from collections.abc import Callable
 from typing import Any
 
+from ..typed import json_object
 from ..types import Phase
 from .base import Method, check_choice
 from .blocks import badam, freeze_out, lisa, parameters
@@ -65,20 +65,6 @@ METHODS: dict[str, Callable[..., Method]] = {
 APPLY_TO = ("full", "core", "both")
 
 
-def parse_config(config: dict[str, Any] | str | None) -> dict[str, Any]:
-    """Options of a method from a dict or JSON.
-
-    Raises: ValueError for what is no JSON object.
-    """
-    try:
-        options = json.loads(config) if isinstance(config, str) else dict(config or {})
-    except json.JSONDecodeError as error:
-        raise ValueError(f"got --method_config {config!r}; needs valid JSON, because {error}") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"got --method_config {config!r}; needs a JSON object of options")
-    return options
-
-
 def make_method(name: str, **options: Any) -> Method:
     """A method by name.
 
@@ -103,7 +89,7 @@ def make_method(name: str, **options: Any) -> Method:
 
 def fill_phases(name: str, config: dict[str, Any] | str | None, full: Phase, core: Phase) -> tuple[Phase, Phase]:
     """Both phases with the method's slots where its option `apply_to` says: in "full" (the default), "core" or "both"."""
-    options = parse_config(config)
+    options = json_object(config, "method_config", '{"density": 0.05}')
     where = options.pop("apply_to", "full")
     check_choice("apply_to", where, APPLY_TO)
     # each network has a method of its own, since a rule may keep what it has seen

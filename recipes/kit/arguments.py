@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+from hf_masked.typed import json_object
 
 
 @dataclass
@@ -76,7 +77,7 @@ class RecipeArguments:
     )
 
     def __post_init__(self) -> None:
-        self.model_fields = self._model_fields()
+        self.model_fields = json_object(self.model_config, "model_config", '{"hidden_size": 256}')
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -92,23 +93,6 @@ class RecipeArguments:
                 f"got compare_learning_rate_scales={self.compare_learning_rate_scales}; needs positive numbers, "
                 "because they multiply the learning rate; set --compare_learning_rate_scales"
             )
-
-    def _model_fields(self) -> dict[str, Any]:
-        """The fields of the architecture's config that are set."""
-        value = self.model_config
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"got model_config={value!r}; needs a JSON object, because {error}; set --model_config"
-                ) from None
-        if value is not None and not isinstance(value, dict):
-            raise ValueError(
-                f"got model_config={value!r}; needs a JSON object such as '{{\"hidden_size\": 256}}', because it sets "
-                "fields by name; set --model_config"
-            )
-        return value or {}
 
 
 def parse(types: Sequence[type], argv: Sequence[str], description: str, **defaults: Any) -> tuple[Any, ...]:
