@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import arguments, difference, fit, log, phases, rows, tiny, values
+from common import difference, fit, log, phases, rows, tiny, values
 from torch.nn import functional as F
 from transformers import Trainer
 
@@ -25,6 +25,13 @@ def weighted_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = 
     return (each * torch.linspace(0.5, 1.5, each.shape[1])).sum() / num_items_in_batch
 
 
+# the model with the greatest loss, as that is not the last one
+BEST: dict[str, Any] = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,
+    **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+}
 # name -> (architecture, arguments of training, arguments of the trainer)
 SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "evaluation": ("gpt2", {"eval_strategy": "steps", "eval_steps": 2}, {}),
@@ -36,6 +43,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "smoothing": ("gpt2", {"label_smoothing_factor": 0.2, "eval_strategy": "epoch"}, {}),
     "own loss": ("gpt2", {"gradient_accumulation_steps": 2}, {"compute_loss_func": weighted_loss}),
     "noisy embeddings": ("llama", {"neftune_noise_alpha": 5.0}, {}),
+    "best at end": ("gpt2", BEST, {}),
     "momentum": ("llama", {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1}, {}),
 }
 
@@ -94,7 +102,9 @@ def test_a_core_alone_is_trainer_on_the_extracted_core(setting: str, tmp_path: P
     extracted = extract_core(tiny(name, dropout=0.2, core="free"))
     expected = fit(tmp_path / "plain", extracted, Trainer, trainer_options=options, **training)
     alone = {"schedule": "core_only", "distill_weight": 0.0, "core_learning_rate_scale": 1.0}
-    found = fit(tmp_path / "core", tiny(name, dropout=0.2, core="free"), trainer_options=options, **training, **alone)
+    if "metric_for_best_model" in training:
+        alone["metric_for_best_model"] = "eval_core_loss"
+    found = fit(tmp_path / "core", tiny(name, dropout=0.2, core="free"), trainer_options=options, **training | alone)
     ours, theirs = values(found.core_model), values(expected.model)
     assert set(ours) == set(theirs)
     for key, value in theirs.items():
@@ -184,7 +194,6 @@ def test_gradient_checkpointing_does_not_matter(schedule: Any, coupling: str, tm
 @pytest.mark.parametrize(("schedule", "where"), [(RIDE, "full"), ("alternate", "core")], ids=["ride", "alternate"])
 def test_auto_find_batch_size(schedule: Any, where: str, tmp_path: Path) -> None:
     """Out of memory in either network: training starts again with half the batch, and goes on to its end."""
-    model = tiny(core="free")
     seen = []
 
     def run_out(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -192,17 +201,22 @@ def test_auto_find_batch_size(schedule: Any, where: str, tmp_path: Path) -> None
         if len(kwargs["input_ids"]) > 4:
             raise RuntimeError("CUDA out of memory. Tried to allocate more than there is.")
 
+    def train(model: Any, trainer_class: type[Trainer], **changes: Any) -> Any:
+        options = {"train_dataset": rows(32)}
+        return fit(tmp_path, model, trainer_class, trainer_options=options, auto_find_batch_size=True,
+                   per_device_train_batch_size=8, optim="sgd", **changes)  # fmt: skip
+
+    model = tiny(core="free")
     networks = {"full": model, "core": get_core(model).model}
     networks[where].register_forward_pre_hook(run_out, with_kwargs=True)
     before = {name: values(network) for name, network in networks.items()}
-    trainer = MaskedTrainer(
-        model,
-        arguments(tmp_path, schedule=schedule, auto_find_batch_size=True, per_device_train_batch_size=8, optim="sgd"),
-        train_dataset=rows(32),
-    )
-    trainer.train()
+    trainer = train(model, MaskedTrainer, schedule=schedule)
     assert seen[0] == 8 and len(seen) > 4 and max(seen[1:]) < 8
     assert trainer.state.global_step == 6
+    if where == "full":
+        alone = tiny()
+        alone.register_forward_pre_hook(run_out, with_kwargs=True)
+        assert difference(values(model), values(train(alone, Trainer).model)) is None
     for name, network in networks.items():
         assert difference(values(network), before[name]) is not None, f"{name} did not train"
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
