@@ -13,6 +13,7 @@ import pytest
 import torch
 from architectures import architecture
 from common import Watch, difference, fit, rows, tiny, values
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import Trainer
 
@@ -229,6 +230,19 @@ def test_buffer_comes_back_from_disk(tmp_path: Path) -> None:
     assert drawn(again, seed=2) == drawn(buffer, seed=2) != drawn(filled(12, 11), seed=2), "the uses are lost"
     assert buffer.bytes == again.bytes > 0
     assert file.stat().st_size < 2 * buffer.bytes + 40_000
+
+
+def test_buffer_is_logged_in_bytes_and_carried_by_checkpoints(tmp_path: Path) -> None:
+    """What a row says is what lies in main memory, and in the checkpoint of that step."""
+    schedule = {"name": "ride_along", "core_updates": 1.0, "start": 2}
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    trainer = fit(tmp_path, tiny(core="free"), max_steps=4, schedule=schedule, distill_buffer=3, **saved)
+    said = [row["distill_buffer_bytes"] for row in trainer.state.log_history if "loss" in row]
+    for step, size in enumerate(said, start=1):
+        stored = load_file(tmp_path / f"checkpoint-{step}" / "joint" / "replay.safetensors")
+        assert size == sum(t.nbytes for name, t in stored.items() if name != "uses")
+    assert said[0] < said[1] < said[2], "it does not fill"
+    assert all(t.device.type == "cpu" for b in trainer._replay.batches for t in b.tensors().values())
 
 
 def test_buffer_refuses_what_a_checkpoint_could_not_carry() -> None:
