@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .cores import Core, get_core, has_core
 from .cores.base import Rank
 from .cores.modules import unwrap
+from .cores.sharded import gathered, is_sharded
 from .durable import flush, flush_all
 
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -51,9 +53,11 @@ def merge_full(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises: ValueError without a core.
 
-    Cost: memory of the result.
+    Cost: memory of the result. Of a sharded model, to be called on every process.
     """
-    return get_core(model).merge(unwrap(model))
+    full: Any = unwrap(model)
+    core: Core = get_core(full)
+    return gathered(full) if is_sharded(full) else core.merge(full)
 
 
 def _checked_format(core: Core, core_format: str | None) -> str:
@@ -83,7 +87,8 @@ def export(
     that fails for lack of space leaves the old export as it was; each stage is flushed to the disk before the next. Other files in `out/` are left alone.
 
     Args:
-        model: a model with a core, or without (then only the full model is written).
+        model: a model with a core, or without (then only the full model is written); one that is sharded has to be exported on
+            every process, of which the first writes.
         out: the folder.
         core_format: see `extract_core`.
         processing_class: tokenizer or processor to save beside each.
@@ -96,6 +101,9 @@ def export(
         the merged model.
     """
     full: Any = unwrap(model)
+    if is_sharded(full) and torch.distributed.get_rank() > 0:
+        full.save_pretrained(out, is_main_process=False)  # which gathers for the first process, and writes nothing
+        return
     target = check_writable(out)
     with _staging(target) as staging:
         stock = get_core(full).merge(full) if has_core(full) and not get_core(full).full_is_plain else full

@@ -105,7 +105,7 @@ class ForwardPassMixin(JointHooks):
             # on batches that neither network has seen: on known ones the losses say who knows them better by heart
             self._yielding.see(loss, teaching.loss)
         weight = self._yielding.weight(phase.distill_weight)
-        shifted = type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        shifted = type(self.core_model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         return distill(loss, logits, batch, teaching, phase.distill_temperature, weight, shifted, items)
 
     def _check_first_batch(self, inputs: dict[str, Any], outputs: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .cores.base import Core, get_core
+from .cores.sharded import refuse_sharded
 from .plan import Plan
 from .schedules import Sum, resolve_step
 from .types import Network, Schedule
@@ -127,14 +128,18 @@ def refuse_rungs(core: Core, plan: Plan) -> None:
 
 
 def refuse_unsupported(trainer: Any, what: str) -> None:
-    """Refuse, before any training, what `what` ("a core", or "a method" where there is none) would do wrongly.
+    """Refuse, before any training, what `what` ("a core", or else what is asked of a run without) would do wrongly.
 
     Raises: ValueError.
     """
     args = trainer.args
     curve = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     reasons = {
-        "FSDP": (trainer.is_fsdp_enabled or bool(args.fsdp), "it shards what has to be known as a whole"),
+        "accelerate's FSDP": (
+            trainer.is_fsdp_enabled or bool(args.fsdp),
+            "it prepares one model only; shard this one as it is loaded, from_pretrained(..., distributed_config="
+            "DistributedConfig(fsdp_size=...))",
+        ),
         "DeepSpeed": (trainer.is_deepspeed_enabled, "its engine makes the steps, of one network only"),
         "DataParallel": (args.n_gpu > 1, "its replicas see one network only; use torchrun or accelerate launch"),
         "--enable_jit_checkpoint and several processes": (
@@ -152,6 +157,5 @@ def refuse_unsupported(trainer: Any, what: str) -> None:
         }
     for other, (applies, reason) in reasons.items():
         if applies:
-            raise ValueError(
-                f"got {what} with {other}; needs a run without, because {reason}; drop --{what[2:]} or that option"
-            )
+            raise ValueError(f"got {what} with {other}; needs a run without, because {reason}; drop one of them")
+    refuse_sharded(trainer, what)

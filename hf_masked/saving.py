@@ -12,6 +12,7 @@ from . import joint_state, method_state
 from .checkpoints import clear_aside, folder_aside, last_complete_checkpoint, publish, withdraw
 from .cores import get_core
 from .cores.modules import unwrap
+from .cores.sharded import is_sharded
 from .durable import flush_all
 from .export import export
 from .full_state import load_full
@@ -39,10 +40,11 @@ class JointSavingMixin(TrainingStateMixin):
                 Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 self._save_arguments(folder)
             return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save or is_sharded(model):
+            export(model, folder, processing_class=self._processing_class())
         if not self.args.should_save:
             return
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        export(model, folder, processing_class=self._processing_class())
         self._save_arguments(folder)
         if self._in_checkpoint:
             joint_state.save_weights(model, get_core(model), folder)

@@ -99,6 +99,8 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
             self._trains_slots = plan is not None or bool(watched)
             self.plan = plan or Plan(FullOnly())
             self._refuse_core_phases()
+            if watched:
+                refuse_unsupported(self, "--audit or --diagnostics_steps")
             if self.plan.full.has_slots:
                 refuse_unsupported(self, "a method")
                 refuse_meaningless(self.plan.full, self._trained(self.plan.full), args)

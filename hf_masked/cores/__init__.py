@@ -18,6 +18,7 @@ from .lora import LoraCore
 from .lora_config import LoraCoreConfig
 from .low_rank import LowRankCore, Site
 from .semi_structured import to_semi_structured
+from .sharded import gathered, is_sharded
 from .sparse import ParametrizedCore, SparseCore, SparseCoreConfig
 from .targets import find_targets
 from .width import WidthCore, WidthCoreConfig
@@ -93,11 +94,15 @@ def add_core(
     if not isinstance(config, CoreConfig):
         raise TypeError(f"got a config of type {type(config).__name__}; needs a CoreConfig, such as LowRankCoreConfig")
     _refuse_unfit(model)
+    whole = model
+    if is_sharded(model):
+        _refuse_common(config)
+        whole = gathered(model)
     if calibration is None:
-        core = config.build(model)
+        core = config.build(whole)
     elif isinstance(config, LowRankCoreConfig) and config.init == "activation":
         core = config.build(
-            model, run_through(model, input_moments(model, [*find_targets(model, config)]), calibration)
+            whole, run_through(model, input_moments(model, [*find_targets(whole, config)]), calibration)
         )
     else:
         raise _needs_no_calibration(config)
@@ -122,7 +127,7 @@ def split(model: PreTrainedModel, calibration: Iterable[Mapping[str, Any]] | Non
         if observing is None:
             raise _needs_no_calibration(core.config)
         core.moments = run_through(model, observing, calibration)
-    return core.split(model)
+    return core.split(gathered(model) if is_sharded(model) else model)
 
 
 def _needs_no_calibration(config: CoreConfig) -> ValueError:
@@ -130,6 +135,16 @@ def _needs_no_calibration(config: CoreConfig) -> ValueError:
         f"got calibration= for a core of the kind {config.kind!r} with init={getattr(config, 'init', None)!r}; needs a low-rank "
         "core with init='activation', because no other looks at inputs; drop calibration="
     )
+
+
+def _refuse_common(config: CoreConfig) -> None:
+    private = getattr(config, "private", None)
+    if config.coupling != "free" or private not in (None, "all"):
+        raise ValueError(
+            f"got coupling={config.coupling!r}, private={private!r} for a sharded model; needs coupling 'free' and everything "
+            "private, because the core is whole on every process and holds no tensor of which the full network has a part; set "
+            "them in --core_config"
+        )
 
 
 def _refuse_unfit(model: PreTrainedModel) -> None:

@@ -151,7 +151,8 @@ class ResizedCore(Core):
         """Also lets changes of the full model's config (attention implementation, special tokens, ...) reach the core."""
         mine, theirs = sub_configs(self.model.config), sub_configs(full.config)  # type: ignore[arg-type]
         for name, config in mine.items():
-            own = {*self.changes.get(name, {}), *(part for part in mine if part)}
+            # the core is whole where the full network is sharded
+            own = {*self.changes.get(name, {}), *(part for part in mine if part), "distributed_config"}
             vars(config).update({k: v for k, v in vars(theirs[name]).items() if k not in own})
         super().sync(full)
 
