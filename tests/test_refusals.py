@@ -76,7 +76,9 @@ def test_a_read_only_folder_is_refused_before_any_training() -> None:
 def test_fsdp_is_refused(tmp_path: Path) -> None:
     group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     (said,) = python(ONE_PROCESS_GROUP, tmp_path, **group)
-    assert said.startswith("got a core with FSDP; needs a run without, because it shards")
+    assert said.startswith(
+        "got a core with accelerate's FSDP; needs a run without, because it prepares one model only"
+    )
 
 
 def test_data_parallel_is_refused(tmp_path: Path) -> None:
