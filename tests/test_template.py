@@ -211,6 +211,77 @@ def test_alternation_with_free_weights_is_the_literal_template(tmp_path: Path) -
         assert bool(watch.moved[t]["core"]) is core_step and bool(watch.moved[t]["full"]) is not core_step
 
 
+OPTIONS: dict[str, dict[str, float]] = {
+    "loss weight": {"core_loss_weight": 0.5},
+    "learning rate": {"core_learning_rate_scale": 3.0},
+    "distillation": {"distill_weight": 0.6},
+    "temperature": {"distill_weight": 0.6, "distill_temperature": 2.0},
+}
+
+
+def taught_loss(y: Values, sites: Any, batch: dict[str, torch.Tensor], c: float, w: float, T: float) -> torch.Tensor:
+    """c ((1 - w) label loss + w T^2 KL(full || core)) of the core's part of y; the full network's is detached."""
+
+    def said(weights: Values) -> torch.Tensor:
+        logits = functional_call(DENSE, dict(weights), kwargs=dict(batch)).logits[:, :-1]
+        return (logits / T).log_softmax(-1)
+
+    core, full = dense(y, sites, "core."), {n: y[n].detach() for n, _ in DENSE.named_parameters()}
+    log_q, log_p = said(full), said(core)
+    divergence = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    return c * ((1 - w) * dense_loss(core, batch) + w * T**2 * divergence)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_a_core_step_are_in_the_template(option: str, tmp_path: Path) -> None:
+    model = MaskedTrainer(tiny("opt").double(), arguments(tmp_path, core="low_rank", core_config={"rank": 4})).model
+    sites, given = get_core(model).sites, OPTIONS[option]
+    watch, batches = train(model, tmp_path, schedule="alternate", max_steps=2, distill_top_k=1000, **given)
+    x = {**watch.after[1]["full"], **{f"core.{n}": v for n, v in watch.after[1]["core"].items()}}
+
+    def core_step(c: float = 1.0, scale: float = 1.0, w: float = 0.0, T: float = 1.0) -> dict[str, torch.Tensor]:
+        gradient = autograd_gradient(lambda y: taught_loss(y, sites, batches[1], c, w, T))
+        return partial_sgd_step(x, gradient, scale * LR)
+
+    names = {
+        "core_loss_weight": "c",
+        "core_learning_rate_scale": "scale",
+        "distill_weight": "w",
+        "distill_temperature": "T",
+    }
+    now = watch.after[2]["full"] | {f"core.{n}": v for n, v in watch.after[2]["core"].items()}
+    assert distance(now, core_step(**{names[name]: value for name, value in given.items()})) < 1e-6
+    *others, last = given
+    assert distance(now, core_step(**{names[name]: given[name] for name in others})) > 1e-4, f"{last} does nothing"
+
+
+@pytest.mark.parametrize("moments", ["shared", "per_phase"])
+def test_momentum_of_shared_weights_is_common_or_of_each_phase(moments: str, tmp_path: Path) -> None:
+    model = tiny("opt").double()
+    core = {"core": "low_rank", "core_config": {"rank": 4, "coupling": "shared"}}
+    start = MaskedTrainer(model, arguments(tmp_path, **core), train_dataset=labelled()).model
+    sites, x0 = get_core(start).sites, values(start)
+    options = {"schedule": "alternate", "max_steps": 5, "optim_args": "momentum=0.9", "moments": moments}
+    watch, batches = train(start, tmp_path, **options)
+
+    def last(owner: Callable[[int], int]) -> dict[str, torch.Tensor]:
+        """After five steps; `owner` says whose momentum a step adds to."""
+        x, momenta = x0, {0: {}, 1: {}}
+        for t in range(5):
+            dx, p = core_step_slots(x) if t % 2 else (None, {})
+            gradient = autograd_gradient(lambda y, t=t: dense_loss(dense(y, sites), batches[t]))
+            moved = partial_sgd_step(x, gradient, 1.0, dx, p)
+            momentum = momenta[owner(t)]
+            momentum |= {n: x[n] - moved[n] + 0.9 * momentum.get(n, torch.zeros(())) for n in x if n not in p}
+            x = {n: value - LR * momentum[n] if n not in p else value for n, value in x.items()}
+        return x
+
+    each, common = last(lambda t: t % 2), last(lambda t: 0)
+    expected, other = (common, each) if moments == "shared" else (each, common)
+    assert distance(watch.after[5]["full"], expected) < 1e-10
+    assert distance(watch.after[5]["full"], other) > 1e-3
+
+
 # --- draws -------------------------------------------------------------------------------------------------------------
 
 
