@@ -19,11 +19,13 @@ from causal_lm import CausalArguments, pack, score  # noqa: E402
 from datasets import load_from_disk  # noqa: E402
 from kit.arguments import parse  # noqa: E402
 from kit.arms import comparison_arms, joint_arm  # noqa: E402
+from kit.compare import core_ahead, undertrained  # noqa: E402
 from kit.corpus import SourceFile, documents, new_paragraphs  # noqa: E402
 from kit.flops import StepCosts, count_flops  # noqa: E402
 from kit.sources import load_splits  # noqa: E402
 from kit.table import render, spread  # noqa: E402
 from kit.tokenizer import train_tokenizer  # noqa: E402
+from kit.training import Run  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: E402
 
 from hf_masked import MaskedTrainingArguments  # noqa: E402
@@ -238,3 +240,15 @@ def test_tables() -> None:
     ]
     assert spread([1.0, 3.0], 1) == "2.0 ± 1.4"
     assert spread([], 1) == "-"
+
+
+def test_notes_say_what_a_setting_shows() -> None:
+    def run(arm: str, full: float, core: float | None = None) -> list[Run]:
+        scores = {"full": {"loss": full}, "core": None if core is None else {"loss": core}}
+        counts = {"full_updates": 4, "core_updates": 6, "teacher_forwards": 0, "flops": 0, "seconds": 0.0}
+        return [Run(arm, arm, 0, 1.0, **counts, **scores, peak_memory=None, selection=0.0, history=[])]
+
+    assert "after 6 updates of its own" in core_ahead([run("joint", 2.0, 1.5)])
+    assert core_ahead([run("joint", 1.5, 2.0)]) is None and core_ahead([run("full_alone", 2.0)]) is None
+    assert "by 10.0%" in undertrained([run("full_alone", 2.0), run("full_alone_2n", 1.8)])
+    assert undertrained([run("full_alone", 2.0), run("full_alone_2n", 2.1)]) is None

@@ -79,6 +79,17 @@ def undertrained(arms: Sequence[Sequence[Run]], threshold: float = 0.02) -> str 
     )
 
 
+def core_ahead(arms: Sequence[Sequence[Run]]) -> str | None:
+    """What it means where the core of the joint run scores better than its full network."""
+    ahead = [run for arm in arms for run in arm if run.arm == "joint" and run.full and run.core]
+    if not ahead or any(run.core["loss"] >= run.full["loss"] for run in ahead if run.full and run.core):
+        return None
+    return (
+        f"The core is ahead of its full network, after {ahead[0].core_updates} updates of its own: the full network's "
+        f"{ahead[0].full_updates} have not trained it out (--max_steps), or it learns its few data by heart."
+    )
+
+
 def with_requirements(arms: Sequence[Arm], keys: Sequence[str] | None) -> list[Arm]:
     """The arms named by `keys` (all if None), and the full alone where one of them starts from it."""
     known = [arm.key for arm in arms]

@@ -17,7 +17,7 @@ from hf_masked.export import check_writable
 
 from .arguments import RecipeArguments
 from .arms import Arm, comparison_arms, joint_arm
-from .compare import choose_scales, run_arms, undertrained, with_requirements
+from .compare import choose_scales, core_ahead, run_arms, undertrained, with_requirements
 from .flops import step_costs
 from .machine import hardware, versions
 from .networks import NetworkReport, describe_networks
@@ -106,7 +106,7 @@ def summary(task: Task, reports: Sequence[NetworkReport], arms: Sequence[Sequenc
         parts.append(networks_table(reports, task.metrics))
     if compared:
         parts += [comparison_table(arms, task.metrics), NOTE]
-        parts += [warning for warning in [undertrained(arms)] if warning]
+    parts += [said for said in (undertrained(arms), core_ahead(arms)) if said]
     parts += [f"Sample of the {report.name} network:\n\n```text\n{report.sample}\n```" for report in reports]
     return "\n\n" + "\n\n".join(parts) + "\n"
 
