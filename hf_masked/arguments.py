@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,6 +160,7 @@ class MaskedArgumentsMixin:
     )
 
     def __post_init__(self) -> None:
+        self._refuse_deepspeed()
         super().__post_init__()  # type: ignore[misc]
         check_types(self, MaskedArgumentsMixin, lambda name: f"set --{name}")
         self._apply_preset()
@@ -187,6 +189,16 @@ class MaskedArgumentsMixin:
             )
         self.make_plan()
         self.make_core_config()
+
+    def _refuse_deepspeed(self) -> None:
+        """Before Transformers imports it, and takes its configuration for that of the run."""
+        asked = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"  # type: ignore[attr-defined]
+        if asked and (self.core not in (None, "none") or self.method is not None):
+            what = f"core={self.core!r}" if self.core is not None else f"method={self.method!r}"
+            raise ValueError(
+                f"got {what} with DeepSpeed; needs a run without, because its engine makes the steps, of one network and of all "
+                "of it; drop one of them, or shard the full network with FSDP2 as the guide shows"
+            )
 
     def _apply_preset(self) -> None:
         if self.preset != "paper":

@@ -14,6 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def in_fp16(args: Any) -> bool:
+    """Whether a run of these arguments is in float16, by its own flag or the launcher's."""
+    return bool(args.fp16) or getattr(args, "mixed_precision", None) == "fp16"
+
+
 @contextmanager
 def own_scaler(accelerator: Any) -> Iterator[None]:
     """Inside, the accelerator prepares optimizers with a fresh GradScaler like its own, if it has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -108,3 +109,20 @@ def test_outputs_without_logits_need_no_distillation(tmp_path: Path) -> None:
     rode = trainer(distill_weight=0.0, distill_buffer=0, schedule={"name": "ride_along", "start": 2})
     rode.train()
     assert {"loss_full", "loss_core"} <= set(rode.state.log_history[-2])
+
+
+@pytest.mark.parametrize("stage", [2, 3, None])
+@pytest.mark.parametrize("asked", [{"core": "low_rank"}, {"method": "sam"}], ids=str)
+def test_deepspeed_is_refused_before_it_is_imported(
+    asked: dict[str, Any], stage: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its configuration, or by what `accelerate launch` leaves in the environment."""
+    config = {"deepspeed": {"zero_optimization": {"stage": stage}}} if stage else {}
+    if not stage:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"with DeepSpeed; needs a run without, because its engine makes the steps"):
+        arguments(tmp_path, **asked, **config)
+    assert "deepspeed" not in sys.modules
+    if stage and importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(ImportError, match=r"(?i)deepspeed"):  # what a run without either is told
+            arguments(tmp_path, **config)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..loss_scale import in_fp16
 from .modules import parameter_sites
 
 
@@ -91,7 +92,7 @@ def refuse_sharded(trainer: Any, what: str) -> None:
             "whole tensors (parameters, badam, lisa, freeze_out)",
         ),
         "--diagnostics_steps or --audit": (args.diagnostics_steps > 0 or args.audit, "they look at whole tensors"),
-        "--fp16": (args.fp16, "GradScaler was not tried on parts; set --bf16"),
+        "--fp16": (in_fp16(args), "GradScaler was not tried on parts; set --bf16"),
         "--load_best_model_at_end": (args.load_best_model_at_end, "checkpoints hold whole tensors"),
     }
     for other, (applies, reason) in reasons.items():

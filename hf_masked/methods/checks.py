@@ -7,6 +7,7 @@ import torch
 from ..apply import Parameters, evaluate_mask, looks_at_names, rules_of
 from ..compressed_reduction import CompressedReduction
 from ..cores import GrownMasks
+from ..loss_scale import in_fp16
 from ..masks import DynamicSparsity, Fixed
 from ..types import Phase, StepInfo
 
@@ -47,12 +48,12 @@ def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
             '{"state_policy": "decay"} in --method_config, or another --optim',
         ),
         (
-            args.fp16 and any(isinstance(rule, DynamicSparsity | GrownMasks) for rule in rules),
+            in_fp16(args) and any(isinstance(rule, DynamicSparsity | GrownMasks) for rule in rules),
             "--fp16",
             "a change of masks that falls on an update which overflows would be lost or late; set --bf16",
         ),
         (
-            args.fp16 and any(isinstance(rule, CompressedReduction) and rule.feedback for rule in rules),
+            in_fp16(args) and any(isinstance(rule, CompressedReduction) and rule.feedback for rule in rules),
             "--fp16",
             "what is left out would be kept in units of a loss scale that changes, before it is taken out; set --bf16",
         ),

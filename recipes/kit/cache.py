@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from accelerate import PartialState
 from datasets import DatasetDict, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -20,8 +21,14 @@ Prepared = tuple[DatasetDict, PreTrainedTokenizerBase]
 def prepared(build: Callable[[], Prepared], key: dict[str, Any], cache_dir: str | None) -> Prepared:
     """Return `build()`, or what an earlier run with the same `key` built.
 
-    The folder appears under its final name only when it is complete, so an interrupted run leaves nothing half-made.
+    The folder appears under its final name only when it is complete, so an interrupted run leaves nothing half-made. Of several
+    processes the first one builds.
     """
+    with PartialState().main_process_first():
+        return _prepared(build, key, cache_dir)
+
+
+def _prepared(build: Callable[[], Prepared], key: dict[str, Any], cache_dir: str | None) -> Prepared:
     root = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hf_masked_recipes")
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder = root / name

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .arms import Arm
+from .processes import writes
 from .task import Task
 from .training import Run, arm_arguments, plain_full, run_arm
 
@@ -38,7 +39,10 @@ def run_arms(
             for scale in scales if arm.core_updates else scales[:1]:
                 alone = len(arms) == len(seeds) == len(scales) == 1
                 folder = out if alone else out / "arms" / f"{arm.key}-{scale:g}-{seed}"
-                print(f"\n== {arm.title}: seed {seed}, {arm.max_steps} update steps, core learning rate x {scale:g}")
+                if writes():
+                    print(
+                        f"\n== {arm.title}: seed {seed}, {arm.max_steps} update steps, core learning rate x {scale:g}"
+                    )
                 changed = arm_arguments(args, arm, seed, scale, folder)
                 run, trainer = run_arm(task, arm, changed, trained_full, before)
                 runs.append(run)

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from hf_masked.export import check_writable
 
 from .machine import PeakMemory, hardware, versions
+from .processes import writes
 from .run import changed_settings, command
 from .table import render, spread
 from .task import Scores, Task
@@ -68,18 +69,21 @@ class StepClock(TrainerCallback):
 def run_methods(
     task: Task, methods: Sequence[str], configs: dict[str, Any], seeds: Sequence[int], training_args: Any
 ) -> None:
-    """Fine-tune once per method and seed, and leave `table.md` and `results.json` in `output_dir`.
+    """Fine-tune once per method and seed, and leave `table.md` and `results.json` in `output_dir`, which one process writes.
 
     Args:
         methods: names in `hf_masked.methods.METHODS`; plain training is trained first, for the ratios.
         configs: options by method name.
     """
-    out = check_writable(str(training_args.output_dir))
+    out = Path(str(training_args.output_dir))
+    if writes():
+        check_writable(out)
     runs: list[MethodRun] = []
     ordered = [BASELINE, *(name for name in methods if name != BASELINE)]
     for seed in seeds:
         for name in ordered:
-            print(f"\n== {name}: seed {seed}")
+            if writes():
+                print(f"\n== {name}: seed {seed}")
             changed = {"method": name, "method_config": configs.get(name), "seed": seed, "data_seed": seed}
             args = dataclasses.replace(training_args, **changed, output_dir=str(out / "runs" / f"{name}-{seed}"))
             run, trainer = run_method(task, args)
@@ -88,11 +92,14 @@ def run_methods(
                 trainer.save_model(str(out))
             del trainer
             gc.collect()
+            if not writes():
+                continue
             # after every run, so that an interrupted comparison leaves what it has found
             text = f"# {task.name}\n\n`{command()}`\n\n{methods_table(runs, task)}\n"
             (out / "table.md").write_text(text, encoding="utf-8")
             write_runs(out / "results.json", runs, training_args)
-    print("\n" + text)
+    if writes():
+        print("\n" + text)
 
 
 def run_method(task: Task, args: TrainingArguments) -> tuple[MethodRun, Trainer]:
@@ -101,15 +108,17 @@ def run_method(task: Task, args: TrainingArguments) -> tuple[MethodRun, Trainer]
     model = task.new_model(args.seed)
     set_seed(args.seed)
     trainer, clock = make_trainer(task, model, args), StepClock()
+    del model  # the trainer may have made another of it
     trainer.add_callback(clock)
     trainer.train()
     memory = peak.read()
-    model.eval()
+    trained: Any = trainer.model
+    trained.eval()
     energies = [v for row in trainer.state.log_history for k, v in row.items() if k.endswith(ENERGY)]
     run = MethodRun(
         method=args.method,  # type: ignore[attr-defined]
         seed=args.seed,
-        scores=task.score(model),
+        scores=task.score(trained),
         step_seconds=clock.median(),
         peak_memory=memory,
         captured_energy=statistics.mean(energies) if energies else None,

@@ -22,6 +22,7 @@ from .flops import step_costs
 from .machine import hardware, versions
 from .networks import NetworkReport, describe_networks
 from .plots import plot_comparison, plot_losses
+from .processes import shards, writes
 from .table import comparison_table, networks_table
 from .task import Task
 from .training import Run
@@ -34,12 +35,14 @@ NOTE = (
 
 
 def run_recipe(task: Task, args: RecipeArguments, training_args: Any) -> None:
-    """Train the joint run (and with `--compare` every other arm) and leave everything in `output_dir`.
+    """Train the joint run (and with `--compare` every other arm) and leave everything in `output_dir`, which one process writes.
 
     The folder then holds the full network, `core/`, `losses.png`, `results.json`, `table.md`, and with `--compare`
     `comparison.png`.
     """
-    out = check_writable(str(training_args.output_dir))
+    out = Path(str(training_args.output_dir))
+    if writes():
+        check_writable(out)
     seeds = args.seeds or [training_args.seed]
     arms = plan_arms(task, args, training_args)
     exported: list[Run] = []
@@ -52,10 +55,13 @@ def run_recipe(task: Task, args: RecipeArguments, training_args: Any) -> None:
             exported[:] = [run]
         # after every run, so that an interrupted comparison leaves what it has found
         finished.append(run)
-        write_results(out / "results.json", args, training_args, [], finished, choose_scales(finished))
+        if writes():
+            write_results(out / "results.json", args, training_args, [], finished, choose_scales(finished))
 
     scales = args.compare_learning_rate_scales or [training_args.core_learning_rate_scale]
     runs = run_arms(task, arms, training_args, seeds, scales, keep)
+    if not writes():
+        return
     chosen = choose_scales(runs)
     reports = describe_networks(task, out, training_args.per_device_eval_batch_size) if exported else []
     text = summary(task, reports, chosen, args.compare or len(seeds) > 1)
@@ -89,7 +95,13 @@ def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm
             "its base model from disk; set --model_name_or_path, or --core low_rank"
         )
     add_core(model, config)
-    print(core_summary(model))
+    if writes():
+        print(core_summary(model))
+    if args.compare and shards():
+        raise ValueError(
+            "got --compare with FSDP; needs whole models, because arms start from copies of a trained full network; drop "
+            "--compare, or launch with another --config_file"
+        )
     if not args.compare:
         return [joint_arm(training_args.max_steps, training_args.schedule)]
     size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps

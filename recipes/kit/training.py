@@ -16,6 +16,7 @@ from hf_masked import LoraCoreConfig, add_core, get_core, has_core, merge_full
 from .arms import Arm
 from .flops import StepCosts, step_costs
 from .machine import PeakMemory
+from .processes import in_parts, shards
 from .task import Scores, Task
 
 
@@ -48,9 +49,9 @@ class Run:
 
 
 def make_trainer(task: Task, model: PreTrainedModel, args: TrainingArguments) -> Trainer:
-    """The task's trainer."""
+    """The task's trainer, of a model in parts where accelerate was asked for FSDP."""
     return task.trainer_class(
-        model=model,
+        model=in_parts(model, task.auto_class, str(args.output_dir)) if shards() else model,
         args=args,
         train_dataset=task.train,
         eval_dataset=task.validation,
