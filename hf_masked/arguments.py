@@ -9,9 +9,11 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .cores import CORE_KINDS, CoreConfig, LowRankCoreConfig
+from .cores.base import DEFAULT_NAME
 from .methods import fill_phases, summaries
+from .named_cores import OWN, NamedCore, parse_cores
 from .plan import Plan
-from .schedules import CoreOnly, FullOnly, Sum, make_schedule
+from .schedules import CoreOnly, FullOnly, RideAlong, Sum, make_schedule
 from .typed import check_types, json_object
 from .types import Phase
 
@@ -56,6 +58,16 @@ class MaskedArgumentsMixin:
             "depth: keep, keep_encoder, keep_decoder (a fraction of the blocks, or their numbers). width: neurons, heads (a "
             "fraction or a number), order (first | magnitude). sparse: sparsity (a fraction, or 'n:m'), target_modules, "
             "exclude_modules, grow_every (core updates; gradient-grown masks), grow_share, grow_until."
+        },
+    )
+    cores: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Several cores in one run, in place of core and core_config: JSON of {name: {"kind": ..., option: value}}, '
+            'e.g. \'{"small": {"kind": "low_rank", "rank": 0.125}, "shallow": {"kind": "depth", "core_updates": 2}}\'. kind is what '
+            "core chooses from, options are those of core_config (coupling free only) and "
+            f"{', '.join(OWN)}, which are as the schedule and the flags of those names say unless a core has its own. Each is "
+            "evaluated as eval_<name>_* and exported to <name>/."
         },
     )
     preset: str = field(
@@ -187,8 +199,23 @@ class MaskedArgumentsMixin:
                 "got moments='per_phase' with the schedule 'sum'; needs 'shared', because one update of both losses has "
                 "one optimizer state; set --moments shared"
             )
+        self._check_cores()
         self.make_plan()
-        self.make_core_config()
+        self.make_core_configs()
+
+    def _check_cores(self) -> None:
+        if self.cores is None:
+            return
+        for name, given in (("core", self.core), ("core_config", self.core_config)):
+            if given is not None:
+                raise ValueError(
+                    f"got {name}={given!r} beside cores; needs one of them, because cores names every core; drop --{name}, or "
+                    "--cores"
+                )
+        if self.preset == "paper":
+            raise ValueError("got cores with preset='paper'; needs core, because one core shares its A and B there")
+        for name in self.named_cores():
+            self.make_plan(name)
 
     def _refuse_deepspeed(self) -> None:
         """Before Transformers imports it, and takes its configuration for that of the run."""
@@ -213,16 +240,29 @@ class MaskedArgumentsMixin:
                 )
             setattr(self, name, value)
 
-    def make_plan(self) -> Plan:
-        """The plan that the fields describe."""
+    def named_cores(self) -> dict[str, NamedCore]:
+        """What `cores` says of each; empty without."""
+        return {} if self.cores is None else parse_cores(self.cores)
+
+    def make_plan(self, name: str | None = None) -> Plan:
+        """The plan that the fields describe, for the core of that name in `cores` with what is its own."""
+        named = self.named_cores()
+        own = named[name].own if name in named else {}
         core = Phase(
             "core",
             loss_weight=self.core_loss_weight,
-            distill_weight=self.distill_weight,
+            distill_weight=own.get("distill_weight", self.distill_weight),
             distill_temperature=self.distill_temperature,
         )
         full, core = fill_phases(self.method or "sgd", self.method_config, Phase("full"), core)
         schedule = make_schedule(self.schedule)
+        if riding := {option: own[option] for option in ("core_updates", "start") if option in own}:
+            if not isinstance(schedule, RideAlong):
+                raise ValueError(
+                    f"got {sorted(riding)} of the core {name!r} with the schedule {self.schedule!r}; needs ride_along, because only "
+                    "there updates of a core follow full ones; set --schedule"
+                )
+            schedule = dataclasses.replace(schedule, **riding)
         for phase, never, name in ((full, CoreOnly, "core_only"), (core, FullOnly | Sum, "full_only or sum")):
             if phase.has_slots and isinstance(schedule, never):
                 raise ValueError(
@@ -231,6 +271,12 @@ class MaskedArgumentsMixin:
                     "in --method_config, or --schedule"
                 )
         return Plan(schedule, full, core)
+
+    def make_core_configs(self) -> dict[str, CoreConfig]:
+        """Name -> configuration of every core that the fields describe."""
+        if self.cores is None:
+            return {DEFAULT_NAME: self.make_core_config()}
+        return {name: core.config for name, core in self.named_cores().items()}
 
     def make_core_config(self) -> CoreConfig:
         """The core's configuration that the fields describe."""

@@ -16,8 +16,8 @@ MEASURES = (
     "relative_perturbation",
     "coverage_age_max",
     "coverage_age_mean",
-    "core_full_gap",
 )
+_GAP = "_full_gap"  # of each core
 
 
 def summarise(log_history: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -27,7 +27,8 @@ def summarise(log_history: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     2.0
     """
     summary = {}
-    for name in MEASURES:
+    gaps = dict.fromkeys(name for row in log_history for name in row if name.endswith(_GAP))
+    for name in (*MEASURES, *gaps):
         values = [row[name] for row in log_history if name in row]
         if values:
             mean = sum(values) / len(values)

@@ -17,7 +17,7 @@ from .cores import get_core
 from .cores.modules import unwrap
 
 
-def draft_view(model: PreTrainedModel) -> PreTrainedModel:
+def draft_view(model: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
     """The core as an assistant of its full network, for the `assistant_model` of `generate`.
 
     Greedy decoding with it gives the full network's own tokens: transformers keeps a drafted one only where the full
@@ -25,6 +25,7 @@ def draft_view(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: a model with a core; both are then in its training mode, so call `model.eval()` first.
+        name: which of several cores.
 
     Returns: the core network on the same tensors, with a generation config of its own, for transformers adapts that of
         an assistant (how many tokens to draft, how sure it has to be) as it goes; set it there.
@@ -36,7 +37,7 @@ def draft_view(model: PreTrainedModel) -> PreTrainedModel:
     Source: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", ICML 2023.
     """
     full: Any = unwrap(model)
-    core = get_core(full)
+    core = get_core(full, name)
     if not full.can_generate():
         raise ValueError(
             f"got a {type(full).__name__}; needs a model that generates, because its core drafts tokens; load it with the "

@@ -1,5 +1,6 @@
 """Writing both products: the full model in its unchanged class at the root, the core beside it in `core/`."""
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .cores import Core, get_core, has_core
+from .cores import Core, get_core, get_cores
 from .cores.base import Rank
 from .cores.modules import unwrap
 from .cores.sharded import gathered, is_sharded
@@ -21,13 +22,17 @@ from .durable import flush, flush_all
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 # the files without which nothing loads: gone first and back last, so that no mixture of two exports ever loads
 _ENTRIES = ("config.json", "adapter_config.json")
-# where products lie: the full model, and its core by kind; an old core of another kind goes too
-_FOLDERS = ("", "core", "adapter")
-# the smaller cores of a ladder lie beside the whole one
-_RUNG_FOLDER = re.compile(r"core-r[0-9.]+(e-[0-9]+)?")
+# where a core lies by its kind, and beside it the smaller ones of a ladder; an old one of another kind goes too
+_RUNG = r"(-r[0-9.]+(e-[0-9]+)?)?"
+_USUAL = re.compile(rf"adapter|core{_RUNG}")
+# where cores of other names lie is written down, so that those of a later export go and nobody else's folder does
+LISTING = "hf_masked_cores.json"
+_LISTED = re.compile(rf"[a-z][a-z0-9_]*{_RUNG}")
 
 
-def extract_core(model: PreTrainedModel, core_format: str | None = None, rank: Rank | None = None) -> PreTrainedModel:
+def extract_core(
+    model: PreTrainedModel, core_format: str | None = None, rank: Rank | None = None, name: str | None = None
+) -> PreTrainedModel:
     """The core as a model of its own, independent of the full one.
 
     Args:
@@ -36,12 +41,13 @@ def extract_core(model: PreTrainedModel, core_format: str | None = None, rank: R
             "dense" (a plain model of the unchanged class; with low rank, W = B A is multiplied out).
         rank: only the part of that rank of a low-rank core, an int, or a fraction of min(in_features, out_features): its
             leading directions. Any will do; those of a ladder (`ranks`) were trained to stand alone.
+        name: which of several cores.
 
     Raises: ValueError without a core, for another format, or for a rank that the core does not hold.
 
     Cost: memory of the result.
     """
-    core = get_core(model)
+    core = get_core(model, name)
     core.sync(unwrap(model))
     with core.at_rank(rank):
         extracted: PreTrainedModel = core.extract(_checked_format(core, core_format))
@@ -49,14 +55,14 @@ def extract_core(model: PreTrainedModel, core_format: str | None = None, rank: R
 
 
 def merge_full(model: PreTrainedModel) -> PreTrainedModel:
-    """The full network as a plain model of the unchanged class, independent of the core.
+    """The full network as a plain model of the unchanged class, independent of the core, or of all its cores.
 
     Raises: ValueError without a core.
 
     Cost: memory of the result. Of a sharded model, to be called on every process.
     """
     full: Any = unwrap(model)
-    core: Core = get_core(full)
+    core: Core = get_core(full, next(iter(get_cores(full)), None))
     return gathered(full) if is_sharded(full) else core.merge(full)
 
 
@@ -78,40 +84,44 @@ def export(
     max_shard_size: int | str = "50GB",
     model_card: str | None = None,
 ) -> None:
-    """Write full and core so that stock tools load them.
+    """Write full and core, or all its cores, so that stock tools load them.
 
     `out/` holds the full model in its unchanged class, for `AutoModel*.from_pretrained(out)` anywhere; `out/core/` the
     core, for `AutoModel*.from_pretrained(out, subfolder="core")` anywhere ("dense"), or after `import hf_masked`
-    ("factorized"); the smaller ranks of a ladder lie in `out/core-r8/` and so on. All get the tokenizer and the generation config. Everything is written aside first; then config.json
+    ("factorized"); the smaller ranks of a ladder lie in `out/core-r8/` and so on, a core of another name in `out/<name>/`. All
+    get the tokenizer and the generation config. Everything is written aside first; then config.json
     goes, the files change places, and config.json comes last, so that an interrupted export loads as nothing, and one
-    that fails for lack of space leaves the old export as it was; each stage is flushed to the disk before the next. Other files in `out/` are left alone.
+    that fails for lack of space leaves the old export as it was; each stage is flushed to the disk before the next. Other
+    files in `out/` are left alone; which folders of other names are an export's own stands in `out/hf_masked_cores.json`.
 
     Args:
-        model: a model with a core, or without (then only the full model is written); one that is sharded has to be exported on
-            every process, of which the first writes.
+        model: a model with a core, with several, or without (then only the full model is written); one that is sharded has to
+            be exported on every process, of which the first writes.
         out: the folder.
-        core_format: see `extract_core`.
+        core_format: see `extract_core`; of several cores, of every one.
         processing_class: tokenizer or processor to save beside each.
         max_shard_size: of one safetensors file.
         model_card: text of README.md.
 
-    Raises: NotADirectoryError or PermissionError for a folder that cannot be written; ValueError as `extract_core`.
+    Raises: NotADirectoryError or PermissionError for a folder that cannot be written; FileExistsError where a core would
+        be written over somebody else's model; ValueError as `extract_core`.
 
-    Cost: disk space of the old export while the new one is written; memory of the core, and with coupling "shared" of
-        the merged model.
+    Cost: disk space of the old export while the new one is written; memory of one core at a time, and with coupling
+        "shared" of the merged model.
     """
     full: Any = unwrap(model)
     if is_sharded(full) and torch.distributed.get_rank() > 0:
         full.save_pretrained(out, is_main_process=False)  # which gathers for the first process, and writes nothing
         return
     target = check_writable(out)
+    cores: list[Core] = list(get_cores(full).values())
+    check_free(target, cores)
     with _staging(target) as staging:
-        stock = get_core(full).merge(full) if has_core(full) and not get_core(full).full_is_plain else full
+        stock = full if all(core.full_is_plain for core in cores) else merge_full(full)
         stock.save_pretrained(staging, max_shard_size=max_shard_size)
         if processing_class is not None:
             processing_class.save_pretrained(staging)
-        if has_core(full):
-            core = get_core(full)
+        for core in cores:
             core.sync(full)
             for folder, rank in core_folders(core).items():
                 with core.at_rank(rank):
@@ -151,6 +161,42 @@ def check_writable(out: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_free(out: str | os.PathLike[str], cores: list[Core]) -> None:
+    """Refuse to write a core of another name than the usual ones over a model that no export put there.
+
+    Raises: FileExistsError.
+    """
+    own = _listed(Path(out))
+    for folder in [name for core in cores for name in core_folders(core)]:
+        if _USUAL.fullmatch(folder) or folder in own:
+            continue
+        if found := [file.name for pattern in (*_ENTRIES, *_WEIGHTS) for file in Path(out, folder).glob(pattern)]:
+            raise FileExistsError(
+                f"got the folder {Path(out, folder)} with {found[0]} that no export wrote; needs a folder of the core's own, "
+                "because its files would be written over; move that folder, or set another name or --output_dir"
+            )
+
+
+def _listed(target: Path) -> set[str]:
+    """The folders of cores of other names than the usual ones that exports wrote here."""
+    try:
+        told = json.loads((target / LISTING).read_text(encoding="utf-8"))["folders"]
+        return {name for name in told if isinstance(name, str) and _LISTED.fullmatch(name)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _list(target: Path, staging: Path, folders: set[str]) -> None:
+    """Write down, for good, which folders are an export's; nothing where there are none."""
+    if folders:
+        (staging / LISTING).write_text(json.dumps({"folders": sorted(folders)}, indent=2), encoding="utf-8")
+        flush(staging / LISTING)
+        os.replace(staging / LISTING, target / LISTING)
+    else:
+        (target / LISTING).unlink(missing_ok=True)
+    flush(target)
+
+
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     for abandoned in target.glob(".export-*"):
@@ -166,8 +212,13 @@ def _staging(target: Path) -> Iterator[Path]:
 def _swap_in(staging: Path, target: Path) -> None:
     """Exchange the files of two exports so that no moment of it loads as a mixture, nor what a power cut leaves of it."""
     new = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-    rungs = sorted(path for path in target.glob("core-r*") if _RUNG_FOLDER.fullmatch(path.name))
-    folders = [*(target / name for name in _FOLDERS), *rungs]
+    old, made = _listed(target), {path.parts[0] for path in new if path.name in _ENTRIES and len(path.parts) == 2}
+    named = {name for name in made if not _USUAL.fullmatch(name)}
+    if old | named:
+        # before any of them is there, and until none of the old ones is
+        _list(target, staging, old | named)
+    usual = sorted(path for path in target.iterdir() if _USUAL.fullmatch(path.name))
+    folders = [target, *usual, *(target / name for name in sorted(old | named))]
     for old_entry in [folder / entry for folder in folders for entry in _ENTRIES]:
         old_entry.unlink(missing_ok=True)
     flush(*folders)
@@ -181,3 +232,5 @@ def _swap_in(staging: Path, target: Path) -> None:
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / relative, target / relative)
         flush(*{target / path.parent for path in some}, target)
+    if old - named:
+        _list(target, staging, named)

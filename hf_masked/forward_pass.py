@@ -11,6 +11,7 @@ from torch import nn
 from transformers.integrations.neftune import activate_neftune
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .core_run import CoreRun
 from .cores.modules import unwrap
 from .diagnostics import Measure
 from .distillation import Teaching, distill
@@ -25,26 +26,23 @@ class UpdateStep:
     """The update step under way.
 
     Args:
-        info, phases: what it does.
-        seen: its microbatches, for core updates that follow.
+        info, phase: what it does.
+        rides: core updates that follow it on batches seen before, by core; each is an `UpdateStep` of its own then.
+        seen: its microbatches, for them.
         held: parameters that are not differentiated by until its gradients are there.
         fresh_batches: how many of them were drawn.
-        measure, gap, row: what the diagnostics measure in it, and what they log of it.
+        measure, gaps, row: what the diagnostics measure in it, and what they log of it.
     """
 
     info: StepInfo
-    phases: tuple[Phase, ...]
+    phase: Phase
+    rides: list[tuple[CoreRun, tuple[Phase, ...]]] = field(default_factory=list)
     seen: Batch = field(default_factory=lambda: Batch([], None))
     held: list[nn.Parameter] = field(default_factory=list)
     fresh_batches: int = 0
     measure: Measure | None = None
-    gap: float | None = None
+    gaps: dict[str, float] = field(default_factory=dict)
     row: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def rides(self) -> bool:
-        """Whether core updates follow Trainer's own, on batches seen before."""
-        return len(self.phases) > 1
 
 
 @dataclass
@@ -98,23 +96,24 @@ class ForwardPassMixin(JointHooks):
         """The core's loss with the divergence from the full network's answer mixed in."""
         phase, teaching = under_way.phase, under_way.teaching
         assert teaching is not None, "asked for a taught loss without a teacher"
-        logits = self._logits(self._core_wrapped, batch, outputs)
+        logits = self._logits(self._core.wrapped, batch, outputs)
         devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         items = None if num_items is None else num_items / devices
         if not under_way.first and self._now().info.update <= 1 and (self.state.epoch or 0) < 1:
             # on batches that neither network has seen: on known ones the losses say who knows them better by heart
-            self._yielding.see(loss, teaching.loss)
-        weight = self._yielding.weight(phase.distill_weight)
+            self._core.yielding.see(loss, teaching.loss)
+        weight = self._core.yielding.weight(phase.distill_weight)
         shifted = type(self.core_model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         return distill(loss, logits, batch, teaching, phase.distill_temperature, weight, shifted, items)
 
     def _check_first_batch(self, inputs: dict[str, Any], outputs: Any) -> None:
         """Refuse, in the first forward pass, what core updates could not use when their time comes."""
-        if self.plan.core.distill_weight > 0:
+        if any(run.learns for run in self._cores):
             self._logits(self.model, inputs, outputs)
         last = StepInfo(self.state.max_steps - 1, self.state.max_steps, self.args.mask_seed)
-        if len(self.plan.phases(last)) > 1:
-            self._replay.check(inputs)
+        for run in self._cores:
+            if run.rides(last):
+                run.replay.check(inputs)
         self._checked = True
 
     def _keep(self, inputs: dict[str, Any], teaching: Teaching | None, num_items: Any) -> None:
@@ -123,7 +122,7 @@ class ForwardPassMixin(JointHooks):
         self._now().seen.num_items = num_items
 
     def _teaching(self, inputs: Any, outputs: Any, loss: torch.Tensor) -> Teaching:
-        temperature = self.plan.core.distill_temperature
+        temperature = self._core.phase.distill_temperature
         with torch.no_grad():
             logits = self._logits(self.model, inputs, outputs)
         return Teaching.from_logits(logits, self.args.distill_top_k, temperature, loss)
@@ -135,9 +134,10 @@ class ForwardPassMixin(JointHooks):
         """
         caught: list[Any] = []
         hooks = [model.register_forward_hook(lambda module, args, outputs: caught.append(outputs))]
-        if self.neftune_noise_alpha is not None and unwrap(model) is self.core_model:
+        network = unwrap(model)
+        if self.neftune_noise_alpha is not None and network is not unwrap(self.model):
             # Trainer makes noisy the embeddings of the full network only
-            hooks.append(activate_neftune(self.core_model, self.neftune_noise_alpha))
+            hooks.append(activate_neftune(network, self.neftune_noise_alpha))
         try:
             loss: Any = super().compute_loss(model, inputs, **kwargs)
         finally:
@@ -166,7 +166,7 @@ class ForwardPassMixin(JointHooks):
 
     def _teaching_for(self, phase: Phase, inputs: Any, num_items: Any) -> Teaching | None:
         """What the full network says to this microbatch: kept a moment ago in a "sum" update, else asked for now."""
-        if self.plan.core.distill_weight == 0:
+        if not self._core.learns:
             return None
         if phase.network == "sum":
             return self._now().seen.microbatches.pop().teaching
@@ -192,7 +192,7 @@ class ForwardPassMixin(JointHooks):
         if observing is None:
             return
         count: int = core.config.calibration_batches  # type: ignore[attr-defined]
-        newest = list(self._replay.batches)[-count:] if count else []
+        newest = list(self._core.replay.batches)[-count:] if count else []
         batches = [microbatch.inputs for batch in newest for microbatch in batch.microbatches]
         seed = self._now().info.random_seed("calibration")
         with own_random_stream(seed, self.args.device), self._host_metrics_apart(), observing as moments:

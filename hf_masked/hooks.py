@@ -3,20 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
     from torch import nn
     from transformers import Trainer
 
     from .audit import Audit
+    from .core_run import CoreRun
     from .cores import Core
     from .diagnostics import Coverage
-    from .distillation import YieldingWeight
     from .forward_pass import ForwardPass, UpdateStep
     from .masked_optimizer import MaskedSteps
     from .meters import LossMeter
     from .optimization import Stepper
     from .plan import Plan
-    from .replay import ReplayBuffer
     from .second_pass import SkippedSteps
     from .types import Phase
 
@@ -34,15 +35,10 @@ if TYPE_CHECKING:
         _step: UpdateStep | None
         _pass: ForwardPass | None
         _full: Stepper
-        _core: Stepper
-        _core_wrapped: nn.Module
+        _cores: list[CoreRun]
+        _core: CoreRun
         _masked_steps: list[MaskedSteps]
-        _splits: set[int]
-        _turns: list[int]
-        _first_ride: int | None
         _meter: LossMeter
-        _replay: ReplayBuffer
-        _yielding: YieldingWeight
         _checked: bool
         _logged_scalars: dict[str, float]
         _skipped: SkippedSteps
@@ -50,6 +46,8 @@ if TYPE_CHECKING:
         _coverage: Coverage
 
         def _the_core(self) -> Core: ...
+
+        def _turn_of(self, run: CoreRun) -> AbstractContextManager[None]: ...
 
         def _one_state(self) -> bool: ...
 

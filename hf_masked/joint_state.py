@@ -6,22 +6,25 @@ optimizer.*             the core optimizer's state, where it has one of its own
 state.json              its learning-rate curve, and the means that distillation yields by
 replay.safetensors      the replay buffer, and
 meter.json              the losses since the last log row; with several processes, one of each per process
+
+A core of another name than "core" has all but the last two in `joint/<name>/`; those are common to all cores.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .core_run import CoreRun
 from .cores import Core
-from .distillation import YieldingWeight
+from .cores.base import DEFAULT_NAME
 from .meters import LossMeter
-from .replay import REPLAY_NAME, ReplayBuffer
+from .replay import REPLAY_NAME, load_buffers, save_buffers
 from .state_files import check_state, load_state, reading, save_state, stored_shapes
 from .training_state import load_optimizer
 
@@ -31,23 +34,45 @@ _WEIGHTS = "weights.safetensors"
 
 @dataclass
 class CoreTraining:
-    """How far the core's updates have come: its optimizer (None where Trainer's own holds it), learning-rate curve,
-    replay buffer, what was measured since the last log row, and the means that distillation yields by.
+    """How far the updates of the cores have come.
 
-    Args: `process`: what the names of the files that every process has its own of end in.
+    Args:
+        runs: by name.
+        own_optimizer: whether each has an optimizer state of its own, or Trainer's own holds it.
+        meter: what was measured since the last log row.
+        process: what the names of the files that every process has its own of end in.
     """
 
-    optimizer: Any
-    scheduler: Any
-    replay: ReplayBuffer
+    runs: dict[str, CoreRun]
+    own_optimizer: bool
     meter: LossMeter
-    yielding: YieldingWeight
     process: str = ""
+
+
+def _folder(checkpoint: str | Path, name: str) -> Path:
+    """Where the core of that name has its own files."""
+    joint = Path(checkpoint, FOLDER)
+    return joint if name == DEFAULT_NAME else joint / name
+
+
+def check_names(names: list[str], checkpoint: str | Path) -> None:
+    """Refuse a checkpoint of cores of other names.
+
+    Raises: ValueError.
+    """
+    joint = Path(checkpoint, FOLDER)
+    theirs = {file.parent.name for file in joint.glob("*/core.json")}
+    theirs |= {DEFAULT_NAME} if (joint / "core.json").is_file() else set()
+    if theirs and theirs != set(names):
+        raise ValueError(
+            f"got the checkpoint {checkpoint} of the cores {sorted(theirs)}; needs one of {sorted(names)}, because all of them "
+            "resume from it; set --cores as it was, or name another checkpoint"
+        )
 
 
 def save_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
     """Write every tensor that the export at the checkpoint's root does not hold exactly as it is trained."""
-    folder = Path(checkpoint) / FOLDER
+    folder = _folder(checkpoint, core.name)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().contiguous().clone() for k, v in core.tensors(full).items()}, folder / _WEIGHTS)
     made_with = {"kind": core.config.kind, "core_config": core.config.to_dict(), "fingerprint": core.fingerprint()}
@@ -60,10 +85,10 @@ def check_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
     Raises: ValueError for one without a core, of other ranks or another coupling, or with missing, superfluous or
         misshapen tensors.
     """
-    folder = Path(checkpoint) / FOLDER
+    folder = _folder(checkpoint, core.name)
     if not (folder / _WEIGHTS).is_file() or not (folder / "core.json").is_file():
         raise ValueError(
-            f"got the checkpoint {checkpoint}, which has no {FOLDER}/{_WEIGHTS}; needs one made with a core, because both "
+            f"got the checkpoint {checkpoint}, which has no {(folder / _WEIGHTS).relative_to(checkpoint)}; needs one made with a core, because both "
             "networks resume from it; drop --core, or name another checkpoint"
         )
     with reading(folder / "core.json"):
@@ -86,19 +111,29 @@ def check_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
         )
 
 
-def check_training(checkpoint: str | Path, own_optimizer: bool, process: str = "") -> None:
+def check_training(
+    checkpoint: str | Path, own_optimizer: bool, process: str = "", names: Sequence[str] = (DEFAULT_NAME,)
+) -> None:
     """Refuse a checkpoint that the core's updates cannot go on from, before anything of it is loaded.
 
     Args:
         own_optimizer: whether the core has an optimizer state of its own.
         process: as of `CoreTraining`.
+        names: of the cores.
 
     Raises: ValueError for missing or damaged files, or one made with other moments.
     """
-    folder = Path(checkpoint) / FOLDER
+    for name in names:
+        _check_core_training(checkpoint, own_optimizer, _folder(checkpoint, name))
+    joint = Path(checkpoint, FOLDER)
+    check_state(joint, f"meter{process}")
+    _check_names(joint / f"replay{process}.safetensors", REPLAY_NAME)
+
+
+def _check_core_training(checkpoint: str | Path, own_optimizer: bool, folder: Path) -> None:
     if not (folder / "state.json").is_file():
         raise ValueError(
-            f"got the checkpoint {checkpoint} without {FOLDER}/state.json; needs it to resume the core's updates where they "
+            f"got the checkpoint {checkpoint} without {(folder / 'state.json').relative_to(checkpoint)}; needs it to resume the core's updates where they "
             "were; it was saved with --save_only_model, or is incomplete: name another checkpoint"
         )
     state = load_state(folder, "state")
@@ -113,60 +148,65 @@ def check_training(checkpoint: str | Path, own_optimizer: bool, process: str = "
         )
     if own_optimizer:
         check_state(folder, "optimizer")
-    check_state(folder, f"meter{process}")
-    _check_names(folder / f"replay{process}.safetensors", REPLAY_NAME)
 
 
 def load_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
     """Read what `save_weights` wrote, in place; raises as `check_weights`."""
     check_weights(full, core, checkpoint)
-    stored = load_file(Path(checkpoint) / FOLDER / _WEIGHTS)
+    stored = load_file(_folder(checkpoint, core.name) / _WEIGHTS)
     with torch.no_grad():
         for name, tensor in core.tensors(full).items():
             tensor.copy_(stored[name])
 
 
 def save_training(checkpoint: str | Path, training: CoreTraining, should_save: bool = True) -> None:
-    """Write how far the core's updates have come; only what is this process's own unless `should_save`."""
-    folder = Path(checkpoint) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    training.replay.save(folder / f"replay{training.process}.safetensors")
-    save_state(folder, f"meter{training.process}", training.meter.state_dict())
-    if not should_save:
-        return
-    if training.optimizer is not None:
-        save_state(folder, "optimizer", training.optimizer.state_dict())
-    state = {
-        "scheduler": training.scheduler.state_dict(),
-        "yielding_weight": training.yielding.state_dict(),
-        "own_optimizer": training.optimizer is not None,
-        "distill_buffer": {"batches": len(training.replay.batches), "bytes": training.replay.bytes},
-    }
-    if training.optimizer is not None and training.optimizer.scaler is not None:
-        state["scaler"] = training.optimizer.scaler.state_dict()
-    save_state(folder, "state", state)
+    """Write how far the cores' updates have come; only what is this process's own unless `should_save`."""
+    joint = Path(checkpoint, FOLDER)
+    joint.mkdir(parents=True, exist_ok=True)
+    buffers = {name: run.replay for name, run in training.runs.items()}
+    save_buffers(buffers, joint / f"replay{training.process}.safetensors")
+    save_state(joint, f"meter{training.process}", training.meter.state_dict())
+    for name, run in training.runs.items() if should_save else ():
+        folder = _folder(checkpoint, name)
+        state = {
+            "scheduler": run.scheduler.state_dict(),
+            "yielding_weight": run.yielding.state_dict(),
+            "own_optimizer": training.own_optimizer,
+            "distill_buffer": {"batches": len(run.replay.batches), "bytes": run.replay.bytes},
+        }
+        if training.own_optimizer:
+            save_state(folder, "optimizer", run.optimizer.state_dict())
+            if run.optimizer.scaler is not None:
+                state["scaler"] = run.optimizer.scaler.state_dict()
+        save_state(folder, "state", state)
 
 
 def load_training(checkpoint: str | Path, training: CoreTraining, device: torch.device) -> None:
     """Read what `save_training` wrote, in place; raises as `check_training`."""
-    check_training(checkpoint, training.optimizer is not None, training.process)
-    folder = Path(checkpoint) / FOLDER
-    state, meter = load_state(folder, "state"), load_state(folder, f"meter{training.process}")
-    with reading(folder / "state.json"):
-        training.scheduler.load_state_dict(state["scheduler"])
-        training.yielding.load_state_dict(state["yielding_weight"], device)
-    with reading(folder / f"meter{training.process}.json"):
+    check_training(checkpoint, training.own_optimizer, training.process, list(training.runs))
+    joint = Path(checkpoint, FOLDER)
+    for name, run in training.runs.items():
+        _load_core_training(_folder(checkpoint, name), run, training.own_optimizer, device)
+    meter = load_state(joint, f"meter{training.process}")
+    with reading(joint / f"meter{training.process}.json"):
         training.meter.load_state_dict(meter, device)
-    if training.optimizer is not None:
+    replay = joint / f"replay{training.process}.safetensors"
+    with reading(replay):
+        load_buffers({name: run.replay for name, run in training.runs.items()}, replay)
+
+
+def _load_core_training(folder: Path, run: CoreRun, own_optimizer: bool, device: torch.device) -> None:
+    state = load_state(folder, "state")
+    with reading(folder / "state.json"):
+        run.scheduler.load_state_dict(state["scheduler"])
+        run.yielding.load_state_dict(state["yielding_weight"], device)
+    if own_optimizer:
         moments = load_state(folder, "optimizer")
         with reading(folder / "optimizer.json"):
-            load_optimizer(training.optimizer, moments)
-        if training.optimizer.scaler is not None and "scaler" in state:
+            load_optimizer(run.optimizer, moments)
+        if run.optimizer.scaler is not None and "scaler" in state:
             with reading(folder / "state.json"):
-                training.optimizer.scaler.load_state_dict(state["scaler"])
-    replay = folder / f"replay{training.process}.safetensors"
-    with reading(replay):
-        training.replay.load(replay)
+                run.optimizer.scaler.load_state_dict(state["scaler"])
 
 
 def _short(value: object) -> str:

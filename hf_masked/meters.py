@@ -1,6 +1,6 @@
 """What is logged of both networks between two log rows, and the progress bar that shows it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class LossMeter:
         """The full network's mean loss, or its last one where this row saw no full update; else the core's."""
         self.mixed = False
         self._last_full = means.get("loss_full", self._last_full)
-        return self._last_full if self._last_full is not None else means.get("loss_core")
+        return self._last_full if self._last_full is not None else next(iter(means.values()), None)
 
     def state_dict(self) -> dict[str, Any]:
         """What it has seen since the last log row, as JSON."""
@@ -49,12 +49,20 @@ class LossMeter:
 
     @staticmethod
     def phase(means: dict[str, float]) -> str:
-        """ "full", "core" or "full+core"."""
-        return "+".join(name for name in ("full", "core") if f"loss_{name}" in means)
+        """ "full", "core" or "full+core"; the names of several cores."""
+        names = [name.removeprefix("loss_") for name in means]
+        return "+".join(sorted(names, key=lambda name: name != "full"))
 
 
 class JointProgressCallback(ProgressCallback):
-    """Trainer's progress bar with the losses of both networks beside it, in place of a printed line per log row."""
+    """Trainer's progress bar with the losses of both networks beside it, in place of a printed line per log row.
+
+    Args: `cores`: their names.
+    """
+
+    def __init__(self, cores: Sequence[str]) -> None:
+        super().__init__()
+        self.networks = ["full", *cores]
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -68,7 +76,7 @@ class JointProgressCallback(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        shown = {name: logs[f"loss_{name}"] for name in ("full", "core") if f"loss_{name}" in logs}
+        shown = {name: logs[f"loss_{name}"] for name in self.networks if f"loss_{name}" in logs}
         if shown and state.is_world_process_zero and self.training_bar is not None:
             self._shown = getattr(self, "_shown", {}) | shown
             self.training_bar.set_postfix({name: f"{loss:.3f}" for name, loss in self._shown.items()})

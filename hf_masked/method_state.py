@@ -1,5 +1,6 @@
 """What the rules of a plan have seen, in a checkpoint: `joint/method.safetensors`, or one file for each process."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .plan import Plan
+from .types import Phase
 
 _FOLDER = "joint"
 _SLOTS = ("perturbation", "grad_mask", "update_mask", "backward")
 
 
-def _stateful(plan: Plan) -> dict[str, Any]:
+Phases = Mapping[str, Phase]
+"""Name of a network -> the phase that trains it."""
+
+
+def _stateful(phases: Phases) -> dict[str, Any]:
     """The rules that keep something, by network and slot, each once."""
     found: dict[str, Any] = {}
-    for phase in (plan.full, plan.core):
+    for network, phase in phases.items():
         for slot in _SLOTS:
             rule = getattr(phase, slot)
             if hasattr(rule, "state_dict") and all(rule is not other for other in found.values()):
-                found[f"{phase.network}.{slot}"] = rule
+                found[f"{network}.{slot}"] = rule
     return found
 
 
@@ -38,9 +43,9 @@ class Process:
         return f"method-{self.index}-of-{self.count}.safetensors" if apart else "method.safetensors"
 
 
-def save(plan: Plan, checkpoint: str | Path, method: str, process: Process) -> None:
+def save(phases: Phases, checkpoint: str | Path, method: str, process: Process) -> None:
     """Write what the rules have seen; nothing where they keep nothing. To be called on every process."""
-    rules = _stateful(plan)
+    rules = _stateful(phases)
     file = Path(checkpoint, _FOLDER, process.file(rules))
     if not rules or (process.index > 0 and file.name == process.file({})):
         return
@@ -53,13 +58,13 @@ def save(plan: Plan, checkpoint: str | Path, method: str, process: Process) -> N
     save_file(tensors, file, metadata={"method": method})
 
 
-def load(plan: Plan, checkpoint: str | Path | None, method: str, process: Process) -> None:
+def load(phases: Phases, checkpoint: str | Path | None, method: str, process: Process) -> None:
     """Let the rules go on from a checkpoint, or begin anew without one.
 
     Raises: ValueError for a checkpoint without their state, made with another method, or where each process has its own,
         by another number of processes.
     """
-    rules = _stateful(plan)
+    rules = _stateful(phases)
     if not rules:
         return
     tensors = {} if checkpoint is None else _read(Path(checkpoint, _FOLDER, process.file(rules)), method)

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from .cores import get_core
+from .cores import get_cores
 from .summary import core_summary
 
-_CORE_SPEED = ("- Core Runtime:", "- Core Samples Per Second:", "- Core Steps Per Second:")
+_CORE_SPEED = ("Runtime", "Samples Per Second", "Steps Per Second")
 _SPEED = ("runtime", "per_second", "preparation_time")
 
 
@@ -14,15 +14,18 @@ def add_core_section(card: Path, model: Any, log_history: list[dict[str, Any]], 
     """Append the section to the card that Trainer wrote."""
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     # Trainer's list of results leaves out the full network's speed, but does not know the core's
-    text = "\n".join(line for line in text.splitlines() if not line.startswith(_CORE_SPEED))
+    titles = [" ".join(part.capitalize() for part in name.split("_")) for name in get_cores(model)]
+    speeds = tuple(f"- {title} {speed}:" for title in titles for speed in _CORE_SPEED)
+    text = "\n".join(line for line in text.splitlines() if not line.startswith(speeds))
     card.write_text(text.rstrip() + "\n\n" + core_section(model, log_history, repo_id), encoding="utf-8")
 
 
 def core_section(model: Any, log_history: list[dict[str, Any]], repo_id: str | None) -> str:
     """The section as Markdown."""
-    core, summary = get_core(model), core_summary(model)
-    scores = paired_scores(log_history, list(core.nested))
-    sizes = {"full": summary.full, "core": summary.core} | {f"core-{name}": s for name, s in summary.nested.items()}
+    cores, summary = get_cores(model), core_summary(model)
+    names = [name for core in cores.values() for name in (core.name, *(f"{core.name}_{rung}" for rung in core.nested))]
+    scores = paired_scores(log_history, names)
+    sizes = {"full": summary.full} | summary.cores
     rows = [
         _row(["", *sizes]),
         _row(["---"] * (1 + len(sizes))).replace(" ", ""),
@@ -33,11 +36,15 @@ def core_section(model: Any, log_history: list[dict[str, Any]], repo_id: str | N
     ]
     where = repo_id or "path/to/this/folder"
     auto = f"{type(model).__module__.partition('.')[0]}"
+    folders = [f"`{core.folder}/`" for core in cores.values()]
+    inside = f"{folders[0]} holds the small model that was trained inside it"
+    if len(folders) > 1:
+        inside = f"{', '.join(folders)} hold the small models that were trained inside it"
     return "\n".join(
         [
-            "## Two models in one repository",
+            f"## {'Two' if len(folders) == 1 else 1 + len(folders)} models in one repository",
             "",
-            f"The root holds the full model; `{core.folder}/` holds the small model that was trained inside it.",
+            f"The root holds the full model; {inside}.",
             "",
             *rows,
             "",
@@ -45,8 +52,7 @@ def core_section(model: Any, log_history: list[dict[str, Any]], repo_id: str | N
             f"from {auto} import {type(model).__name__}",
             "",
             f'full = {type(model).__name__}.from_pretrained("{where}")  # stock Transformers',
-            "",
-            *core.loading_lines(type(model).__name__, where),
+            *(line for core in cores.values() for line in ("", *core.loading_lines(type(model).__name__, where))),
             "```",
             "",
         ]
@@ -57,9 +63,9 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells).lstrip() + " |"
 
 
-def paired_scores(log_history: list[dict[str, Any]], nested: list[str] | None = None) -> dict[str, tuple[float, ...]]:
-    """metric -> (full, core, then the smaller cores of these names) of the last evaluation that has all of them."""
-    prefixes = ["eval_", "eval_core_", *(f"eval_core_{name}_" for name in nested or [])]
+def paired_scores(log_history: list[dict[str, Any]], cores: list[str]) -> dict[str, tuple[float, ...]]:
+    """metric -> (full, then the cores of these names) of the last evaluation that has all of them."""
+    prefixes = ["eval_", *(f"eval_{name}_" for name in cores)]
     for row in reversed(log_history):
         columns = {
             name: [name.replace("eval_", prefix, 1) for prefix in prefixes] for name in row if name.startswith("eval_")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cores.base import Core, get_core
+from .cores.base import Core
 from .cores.sharded import refuse_sharded
 from .plan import Plan
 from .schedules import Sum, resolve_step
@@ -43,10 +43,10 @@ def add_core_parameters(optimizer: torch.optim.Optimizer, trainer: Any, core: Co
             optimizer.add_param_group({"params": members, "weight_decay": trainer.args.weight_decay if decay else 0.0})
 
 
-def make_core_optimizer(trainer: Any, create: Callable[[], Any]) -> Any:
+def make_core_optimizer(trainer: Any, core: Core, create: Callable[[], Any]) -> Any:
     """An optimizer over the core network, made by the trainer's own `create_optimizer` for it."""
     full, held = trainer.model, trainer.optimizer
-    trainer.model, trainer.optimizer = get_core(full).model, None
+    trainer.model, trainer.optimizer = core.model, None
     try:
         return create()
     finally:

@@ -4,7 +4,7 @@ Batches from before the core starts are kept as well, without logits: the core h
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from .distillation import Teaching
 from .types import StepInfo
 
 # what its tensors are called, as a regular expression
-REPLAY_NAME = r"uses|\d+\.(num_items|\d+\.(inputs|teaching)\..+)"
+REPLAY_NAME = r"([a-z]\w*\.)?(uses|batches|taught)|\d+\.(num_items|\d+\.(inputs|teaching)\..+)"
 
 
 @dataclass
@@ -48,13 +48,19 @@ class Batch:
         num_items = None if self.num_items is None else self.num_items.to(device)
         return Batch([m.to(device) for m in self.microbatches], num_items)
 
+    def without_teaching(self) -> "Batch":
+        """The same batch, of which the full network has said nothing."""
+        return Batch([Microbatch(m.inputs, None) for m in self.microbatches], self.num_items)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         named = {f"{i}.{k}": v for i, m in enumerate(self.microbatches) for k, v in m.tensors().items()}
         return named if self.num_items is None else named | {"num_items": self.num_items}
 
 
 class ReplayBuffer:
-    """The last `capacity` batches, in main memory, and how often the core has learned from each.
+    """The last `capacity` batches that a core may learn from, in main memory, and how often it has learned from each.
+
+    Several cores have one each, which hold the same `Batch` objects; what another core was taught of a batch stays that one's.
 
     Args: `capacity` >= 0 batches; 0 keeps none.
     """
@@ -62,6 +68,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int):
         self.batches: deque[Batch] = deque(maxlen=capacity)
         self._uses: deque[int] = deque(maxlen=capacity)
+        self._taught: deque[bool] = deque(maxlen=capacity)
 
     def check(self, inputs: Mapping[str, Any]) -> None:
         """Refuse inputs that no checkpoint could carry.
@@ -75,10 +82,14 @@ class ReplayBuffer:
                     "the replay buffer as safetensors; set --distill_buffer 0"
                 )
 
-    def add(self, batch: Batch, uses: int = 0) -> None:
-        """Append a batch that the core has learned from `uses` times, dropping the oldest one of a full buffer."""
-        self.batches.append(batch.to("cpu"))
+    def add(self, batch: Batch, uses: int = 0, taught: bool = True) -> None:
+        """Append a batch in main memory that the core has learned from `uses` times, dropping the oldest one of a full buffer.
+
+        Args: `taught`: whether what the full network said to it, if anything, is for this core.
+        """
+        self.batches.append(batch)
         self._uses.append(uses)
+        self._taught.append(taught)
 
     def draw(self, info: StepInfo) -> Batch:
         """One of the batches that the core has learned from least often, since repeated ones teach it less.
@@ -89,7 +100,7 @@ class ReplayBuffer:
         candidates = [index for index, uses in enumerate(self._uses) if uses == least]
         drawn = candidates[int(torch.randint(len(candidates), (), generator=info.generator("replay")))]
         self._uses[drawn] += 1
-        return self.batches[drawn]
+        return self.batches[drawn] if self._taught[drawn] else self.batches[drawn].without_teaching()
 
     @property
     def capacity(self) -> int:
@@ -99,23 +110,68 @@ class ReplayBuffer:
     @property
     def bytes(self) -> int:
         """Size of everything kept."""
-        return sum(t.numel() * t.element_size() for batch in self.batches for t in batch.tensors().values())
+        return size_of([self])
 
     def save(self, file: Path) -> None:
         """Write all batches as one safetensors file."""
-        named = {f"{n}.{k}": t for n, batch in enumerate(self.batches) for k, t in batch.tensors().items()}
-        named["uses"] = torch.tensor(self._uses)
+        named = _numbered(self.batches) | {"uses": torch.tensor(self._uses)}
         save_file({k: t.contiguous().clone() for k, t in named.items()}, file)
 
     def load(self, file: Path) -> None:
         """Read what `save` wrote."""
-        # copies, since safetensors maps the file, which would keep a deleted checkpoint's room on the disk
-        named = {key: tensor.clone() for key, tensor in load_file(file).items()}
+        named = _read(file)
         uses = named.pop("uses").tolist()
+        self._put([_batch(group) for group in _grouped(named.items())], uses, [True] * len(uses))
+
+    def _put(self, batches: Iterable[Batch], uses: list[int], taught: list[bool]) -> None:
         self.batches.clear()
         self._uses.clear()
-        for batch, count in zip(_grouped(named.items()), uses, strict=True):
-            self.add(_batch(batch), count)
+        self._taught.clear()
+        for batch, count, own in zip(batches, uses, taught, strict=True):
+            self.add(batch, count, own)
+
+
+def size_of(buffers: Sequence[ReplayBuffer]) -> int:
+    """Bytes of everything that they keep, what several keep once."""
+    return sum(t.numel() * t.element_size() for batch in _distinct(buffers) for t in batch.tensors().values())
+
+
+def save_buffers(buffers: Mapping[str, ReplayBuffer], file: Path) -> None:
+    """Write the buffers of the cores of these names as one safetensors file, each batch once; one alone as its `save` does."""
+    if len(buffers) == 1:
+        return next(iter(buffers.values())).save(file)
+    distinct = _distinct(list(buffers.values()))
+    number = {id(batch): n for n, batch in enumerate(distinct)}
+    named = _numbered(distinct)
+    for name, buffer in buffers.items():
+        named[f"{name}.batches"] = torch.tensor([number[id(batch)] for batch in buffer.batches], dtype=torch.int64)
+        named[f"{name}.uses"] = torch.tensor(buffer._uses, dtype=torch.int64)
+        named[f"{name}.taught"] = torch.tensor(buffer._taught, dtype=torch.bool)
+    save_file({k: t.contiguous().clone() for k, t in named.items()}, file)
+
+
+def load_buffers(buffers: Mapping[str, ReplayBuffer], file: Path) -> None:
+    """Read what `save_buffers` wrote."""
+    if len(buffers) == 1:
+        return next(iter(buffers.values())).load(file)
+    named = _read(file)
+    told = {name: [named.pop(f"{name}.{what}").tolist() for what in ("batches", "uses", "taught")] for name in buffers}
+    distinct = [_batch(group) for group in _grouped(named.items())]
+    for name, (numbers, uses, taught) in told.items():
+        buffers[name]._put([distinct[n] for n in numbers], uses, taught)
+
+
+def _distinct(buffers: Sequence[ReplayBuffer]) -> list[Batch]:
+    return list({id(batch): batch for buffer in buffers for batch in buffer.batches}.values())
+
+
+def _numbered(batches: Iterable[Batch]) -> dict[str, torch.Tensor]:
+    return {f"{n}.{k}": t for n, batch in enumerate(batches) for k, t in batch.tensors().items()}
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    # copies, since safetensors maps the file, which would keep a deleted checkpoint's room on the disk
+    return {key: tensor.clone() for key, tensor in load_file(file).items()}
 
 
 def _grouped(named: Iterable[tuple[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:

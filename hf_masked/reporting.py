@@ -1,14 +1,15 @@
-"""Full and core side by side: in `evaluate()`, in `predict()`, and in every log row."""
+"""Full and core, or all cores, side by side: in `evaluate()`, in `predict()`, and in every log row."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .cores import get_core
-from .cores.base import Rank
+from .cores import Core, get_cores
+from .cores.base import DEFAULT_NAME, Rank
 from .hooks import JointHooks
 from .randomness import own_random_stream
+from .replay import size_of
 from .types import StepInfo
 from .values import scalars
 
@@ -17,7 +18,7 @@ class JointReportingMixin(JointHooks):
     """The evaluation and logging half of `MaskedTrainerMixin`."""
 
     _evaluating_core = False
-    _core_seconds: tuple[str, float, float] | None = None
+    _core_seconds: tuple[str, dict[str, float], float] | None = None
 
     def evaluation_loop(
         self,
@@ -30,12 +31,17 @@ class JointReportingMixin(JointHooks):
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        if not self._joint or self._evaluating_core or get_core(self.model).active_thread is not None:
+        cores = get_cores(self.model)
+        inside = any(core.active_thread is not None for core in cores.values())
+        if not self._joint or self._evaluating_core or inside:
             return output
         started = time.time()
-        seconds = []
-        for name, rank in {"core": None, **{f"core_{n}": r for n, r in get_core(self.model).nested.items()}}.items():
-            with self._as_core(rank):
+        seconds = {}
+        whole = {name: (core, None) for name, core in cores.items()}
+        rungs = {f"{name}_{n}": (core, rank) for name, core in cores.items() for n, rank in core.nested.items()}
+        for name, (core, rank) in (whole | rungs).items():
+            begun = time.time()
+            with self._as_core(core, rank):
                 core_output: Any = super().evaluation_loop(
                     dataloader,
                     f"{description} ({name})",
@@ -45,15 +51,15 @@ class JointReportingMixin(JointHooks):
                 )
             core_output.metrics.pop(f"{metric_key_prefix}_{name}_model_preparation_time", None)
             output.metrics.update(core_output.metrics)
-            seconds.append(time.time() - started)
-        self._core_seconds = (metric_key_prefix, seconds[0], seconds[-1])
+            if rank is None:
+                seconds[name] = time.time() - begun
+        self._core_seconds = (metric_key_prefix, seconds, time.time() - started)
         return output
 
     @contextmanager
-    def _as_core(self, rank: Rank | None = None) -> Iterator[None]:
+    def _as_core(self, core: Core, rank: Rank | None = None) -> Iterator[None]:
         """Trainer's evaluation sees the core (its part of that rank) as its model; no random number of the full network's run is
         drawn."""
-        core = get_core(self.model)
         core.sync(self.model)
         if self.accelerator.mixed_precision != "no" and "_original_forward" not in vars(core.model):
             self.accelerator.prepare_model(core.model, evaluation_mode=True)
@@ -74,7 +80,7 @@ class JointReportingMixin(JointHooks):
         return output
 
     def _split_runtime(self, metrics: dict[str, Any]) -> None:
-        """Give the full network's speed metrics without the seconds that the core took, and the core's own."""
+        """Give the full network's speed metrics without the seconds that the cores took, and each core's own."""
         if self._core_seconds is None:
             return
         prefix, seconds, all_seconds = self._core_seconds
@@ -84,11 +90,12 @@ class JointReportingMixin(JointHooks):
         self._core_seconds = None
         own = max(runtime - all_seconds, 1e-4)
         metrics[f"{prefix}_runtime"] = round(own, 4)
-        metrics[f"{prefix}_core_runtime"] = round(seconds, 4)
+        metrics |= {f"{prefix}_{name}_runtime": round(taken, 4) for name, taken in seconds.items()}
         for rate in ("samples_per_second", "steps_per_second"):
             if (value := metrics.get(f"{prefix}_{rate}")) is not None:
                 metrics[f"{prefix}_{rate}"] = round(value * runtime / own, 3)
-                metrics[f"{prefix}_core_{rate}"] = round(value * runtime / max(seconds, 1e-4), 3)
+                for name, taken in seconds.items():
+                    metrics[f"{prefix}_{name}_{rate}"] = round(value * runtime / max(taken, 1e-4), 3)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if self._joint:
@@ -105,7 +112,8 @@ class JointReportingMixin(JointHooks):
         """The scalars of the method that have changed since they were last logged, by this run or the one it resumes."""
         info = StepInfo(max(0, self.state.global_step - 1), self.state.max_steps, getattr(self.args, "mask_seed", 0))
         now: dict[str, float] = {}
-        for phase, prefix in ((self.plan.full, "method_"), (self.plan.core, "method_core_")):
+        phases = [(self.plan.full, "method_"), *((run.phase, f"method_{run.name}_") for run in self._cores)]
+        for phase, prefix in phases:
             for rule in (phase.perturbation, phase.grad_mask, phase.update_mask, phase.backward):
                 now |= {prefix + name: value(info) for name, value in scalars(rule).items()}
         if not self._logged_scalars:
@@ -122,10 +130,12 @@ class JointReportingMixin(JointHooks):
             logs["loss"] = smooth
             logs["learning_rate"] = self._full.rate
         logs.update(means)
-        if "loss_core" in means:
-            logs["learning_rate_core"] = self._core.rate
-            if self.plan.core.distill_weight > 0:
-                logs["distill_weight"] = float(self._yielding.weight(self.plan.core.distill_weight))
+        for run in self._cores:
+            if f"loss_{run.name}" in means:
+                logs[f"learning_rate_{run.name}"] = run.rate
+                if run.learns:
+                    name = "distill_weight" if run.name == DEFAULT_NAME else f"distill_weight_{run.name}"
+                    logs[name] = float(run.yielding.weight(run.phase.distill_weight))
         logs["phase"] = self._meter.phase(means)
-        if self._replay.batches:
-            logs["distill_buffer_bytes"] = self._replay.bytes
+        if size := size_of([run.replay for run in self._cores]):
+            logs["distill_buffer_bytes"] = size

@@ -1,4 +1,4 @@
-"""Checkpoints, exports and the Hub: every folder that is written holds the stock full model and `core/` beside it."""
+"""Checkpoints, exports and the Hub: every folder that is written holds the stock full model and its cores beside it."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 
 from . import joint_state, method_state
 from .checkpoints import clear_aside, folder_aside, last_complete_checkpoint, publish, withdraw
-from .cores import get_core
+from .cores import get_cores
+from .cores.base import DEFAULT_NAME
 from .cores.modules import unwrap
 from .cores.sharded import is_sharded
 from .durable import flush_all
@@ -18,6 +19,7 @@ from .export import export
 from .full_state import load_full
 from .model_card import add_core_section
 from .training_state import FOLDER, TrainingStateMixin
+from .types import Phase
 
 # what a pushed folder leaves out: what only resuming needs
 _NOT_A_PRODUCT = ["_*", ".export-*", "checkpoint-*", "joint/*", f"{FOLDER}/*"]
@@ -46,8 +48,8 @@ class JointSavingMixin(TrainingStateMixin):
         if not self.args.should_save:
             return
         self._save_arguments(folder)
-        if self._in_checkpoint:
-            joint_state.save_weights(model, get_core(model), folder)
+        for core in get_cores(model).values() if self._in_checkpoint else ():
+            joint_state.save_weights(model, core, folder)
 
     def _save_arguments(self, folder: str) -> None:
         """For people to read: Trainer never reads its pickled `training_args.bin` either."""
@@ -116,14 +118,18 @@ class JointSavingMixin(TrainingStateMixin):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._trains_slots:
-            method_state.save(self.plan, output_dir, self._method(), self._process())
+            method_state.save(self._phases(), output_dir, self._method(), self._process())
         if self._joint:
             joint_state.save_training(output_dir, self._core_training(), self.args.should_save)
 
+    def _phases(self) -> dict[str, Phase]:
+        return {"full": self.plan.full} | (
+            {run.name: run.phase for run in self._cores} or {DEFAULT_NAME: self.plan.core}
+        )
+
     def _core_training(self) -> joint_state.CoreTraining:
-        optimizer = None if self._one_state() else self._core.optimizer
         return joint_state.CoreTraining(
-            optimizer, self._core.scheduler, self._replay, self._meter, self._yielding, self._of_process("")
+            {run.name: run for run in self._cores}, not self._one_state(), self._meter, self._of_process("")
         )
 
     def _method(self) -> str:
@@ -155,13 +161,22 @@ class JointSavingMixin(TrainingStateMixin):
             if not self._load_whole(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        core = get_core(self.model)
-        joint_state.check_weights(self.model, core, resume_from_checkpoint)
+        cores = get_cores(self.model)
+        joint_state.check_names(list(cores), resume_from_checkpoint)
+        for core in cores.values():
+            joint_state.check_weights(self.model, core, resume_from_checkpoint)
         self._check_training_state(resume_from_checkpoint)
-        joint_state.check_training(resume_from_checkpoint, not self._one_state(), self._of_process(""))
-        if core.full_is_plain:
-            load_full(self.model, resume_from_checkpoint)
-        joint_state.load_weights(self.model, core, resume_from_checkpoint)
+        own_optimizer, process = not self._one_state(), self._of_process("")
+        joint_state.check_training(resume_from_checkpoint, own_optimizer, process, list(cores))
+        self._load_networks(resume_from_checkpoint)
+
+    def _load_networks(self, checkpoint: str) -> None:
+        """Read the full network and its cores, which have been found to fit."""
+        cores = get_cores(self.model)
+        if all(core.full_is_plain for core in cores.values()):
+            load_full(self.model, checkpoint)
+        for core in cores.values():
+            joint_state.load_weights(self.model, core, checkpoint)
 
     def _load_whole(self, checkpoint: str) -> bool:
         """Read a model without a core, all of it or none; False leaves it to Trainer: what is no transformers model, or
@@ -188,15 +203,12 @@ class JointSavingMixin(TrainingStateMixin):
             if not self._load_whole(best):
                 super()._load_best_model()
             return
-        core = get_core(self.model)
-        if core.full_is_plain:
-            load_full(self.model, best)
-        joint_state.load_weights(self.model, core, best)
+        self._load_networks(best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._trains_slots:
-            method_state.load(self.plan, checkpoint, self._method(), self._process())
+            method_state.load(self._phases(), checkpoint, self._method(), self._process())
         if self._joint and checkpoint is not None:
             joint_state.load_training(checkpoint, self._core_training(), self.args.device)
 

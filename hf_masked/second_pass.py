@@ -159,12 +159,12 @@ class SecondPassMixin(ForwardPassMixin):
         return self._perturbs(phase) or any(hasattr(rule, "load_state_dict") for rule in rules_of(phase))
 
     def _perturbs(self, phase: Phase) -> bool:
-        made_by = (phase, self.plan.core) if phase.network == "sum" else (phase,)
+        made_by = (phase, self._core.phase) if phase.network == "sum" else (phase,)
         return any(p.perturbation is not None for p in made_by)
 
     def _skip_unless_finite(self, norm: Any) -> None:
         """The same for the other updates of a joint run, by the norm of the reduced gradient, so alike on every process."""
-        phase = self._now().phases[0]
+        phase = self._now().phase
         if self._is_checked_early(phase) or self.accelerator.scaler is not None:
             return
         self._drop_unless(math.isfinite(norm), phase)

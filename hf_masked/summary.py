@@ -1,14 +1,15 @@
 """Sizes of both networks: parameters, bytes, operations per token."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .cores import MergedLinear, get_core
+from .cores import MergedLinear, get_core, get_cores
+from .cores.base import DEFAULT_NAME
 from .cores.modules import numel, unwrap
 
 
@@ -28,39 +29,59 @@ class NetworkSize:
 @dataclass(frozen=True)
 class CoreSummary:
     """Sizes of the full network and of its core, module path -> rank of a low-rank one, and name -> size of the smaller
-    ranks of a ladder; `str()` is a table."""
+    ranks of a ladder; `str()` is a table.
+
+    Args:
+        name: of the core.
+        others: the same of the model's other cores, in the order in which they were added.
+    """
 
     full: NetworkSize
     core: NetworkSize
     ranks: dict[str, int] = field(default_factory=dict)
     nested: dict[str, NetworkSize] = field(default_factory=dict)
+    name: str = DEFAULT_NAME
+    others: tuple["CoreSummary", ...] = ()
+
+    @property
+    def cores(self) -> dict[str, NetworkSize]:
+        """Name -> size of every core, each with the smaller ranks of its ladder after it."""
+        mine = {self.name: self.core} | {f"{self.name}-{name}": size for name, size in self.nested.items()}
+        return mine | {name: size for other in self.others for name, size in other.cores.items()}
 
     def __str__(self) -> str:
-        rows = [f"{'':10}{'parameters':>15}{'bytes':>17}{'FLOPs/token':>17}"]
-        cores = {"core": self.core} | {f"core-{name}": size for name, size in self.nested.items()}
-        for name, size in {"full": self.full, **cores}.items():
-            rows.append(f"{name:10}{size.parameters:>15,}{size.bytes:>17,}{size.flops_per_token:>17,}")
-        for name, size in cores.items():
+        wide = max(10, 1 + max(map(len, (f"{name}/full" for name in self.cores))))
+        rows = [f"{'':{wide}}{'parameters':>15}{'bytes':>17}{'FLOPs/token':>17}"]
+        for name, size in {"full": self.full, **self.cores}.items():
+            rows.append(f"{name:{wide}}{size.parameters:>15,}{size.bytes:>17,}{size.flops_per_token:>17,}")
+        for name, size in self.cores.items():
             ratios = [size.parameters / self.full.parameters, size.bytes / self.full.bytes]
             ratios.append(size.flops_per_token / max(self.full.flops_per_token, 1))
-            rows.append(f"{f'{name}/full':10}{ratios[0]:>15.1%}{ratios[1]:>17.1%}{ratios[2]:>17.1%}")
-        return "\n".join(rows + self._rank_lines())
+            rows.append(f"{f'{name}/full':{wide}}{ratios[0]:>15.1%}{ratios[1]:>17.1%}{ratios[2]:>17.1%}")
+        return "\n".join(rows + [line for each in (self, *self.others) for line in each._rank_lines()])
 
     def _rank_lines(self) -> list[str]:
         by_name: dict[str, list[int]] = {}
         for path, rank in self.ranks.items():
             by_name.setdefault(path.rpartition(".")[2], []).append(rank)
         spans = (f"{name} {min(r)}-{max(r)}" if min(r) < max(r) else f"{name} {r[0]}" for name, r in by_name.items())
-        return ["ranks: " + ", ".join(spans)] if by_name else []
+        of = "" if self.name == DEFAULT_NAME else f" of {self.name}"
+        return [f"ranks{of}: " + ", ".join(spans)] if by_name else []
 
 
 def core_summary(model: PreTrainedModel) -> CoreSummary:
-    """Parameters, bytes and operations per token of a model and of its core.
+    """Parameters, bytes and operations per token of a model and of its core, or of all its cores.
 
     Raises: ValueError without a core.
     """
+    names: list[str | None] = [*get_cores(model)] or [None]
+    first, *others = (_summary(model, name) for name in names)
+    return replace(first, others=tuple(others))
+
+
+def _summary(model: PreTrainedModel, name: str | None) -> CoreSummary:
     full = unwrap(model)
-    core = get_core(full)
+    core = get_core(full, name)
     # the full network that is exported holds W alone, not its parts
     parts = {id(p) for m in full.modules() if isinstance(m, MergedLinear) for p in (m.A, m.B)}
     of_full = [p for p in full.parameters() if id(p) not in parts]
@@ -68,7 +89,8 @@ def core_summary(model: PreTrainedModel) -> CoreSummary:
     for name, rank in core.nested.items():
         with core.at_rank(rank):
             nested[name] = _size(core.weights(), core.model)
-    return CoreSummary(_size(of_full, full), _size(core.weights(), core.model), getattr(core, "ranks", {}), nested)
+    size = _size(core.weights(), core.model)
+    return CoreSummary(_size(of_full, full), size, getattr(core, "ranks", {}), nested, core.name)
 
 
 def network_size(model: nn.Module) -> NetworkSize:

@@ -4,6 +4,8 @@ Here: what is made before the first step. `update_step.py` makes the steps, `rep
 networks, `saving.py` saves, resumes and pushes them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +16,12 @@ from transformers.trainer_callback import ProgressCallback
 
 from .arguments import MaskedArgumentsMixin
 from .audit import Audit
-from .cores import Core, add_core, get_core, has_core
+from .core_run import CoreRun, make_runs
+from .cores import Core, add_core, get_core, get_cores, has_core
 from .diagnostics import Coverage
 from .diagnostics_report import DiagnosticsReport
 from .distillation import YieldingWeight
-from .export import check_writable
+from .export import check_free, check_writable
 from .loss_scale import own_scaler
 from .masked_optimizer import MaskedSteps
 from .meters import JointProgressCallback, LossMeter
@@ -35,7 +38,7 @@ from .optimization import (
     updates_of,
 )
 from .perturbations.subnets import Subnets
-from .plan import Plan, within_core
+from .plan import Plan
 from .replay import ReplayBuffer
 from .reporting import JointReportingMixin
 from .saving import JointSavingMixin
@@ -58,21 +61,19 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
     """
 
     def __init__(self, model: Any = None, args: Any = None, *positional: Any, plan: Plan | None = None, **kwargs: Any):
-        if getattr(args, "core", None) and args.output_dir is not None and args.should_save:
+        if _asks_for_cores(args) and args.output_dir is not None and args.should_save:
             check_writable(args.output_dir)
         super().__init__(model, args, *positional, **kwargs)
         self._pass = None
         self._masked_steps = []
-        self._splits = set()
-        self._turns = []
-        self._first_ride = None
+        self._cores = []
         self._coverage = Coverage()
         self._begin_run(buffer=0)
         self._give_core(plan)
         self._audit = Audit() if getattr(args, "audit", False) else None
         if getattr(args, "diagnostics_steps", 0):
             self.add_callback(DiagnosticsReport(self._coverage))
-        refuse_phases(self, (self.plan.full, self.plan.core))
+        refuse_phases(self, (self.plan.full, *(run.phase for run in self._cores)))
         if isinstance(rule := self.plan.full.perturbation, Subnets):
             rule.bind(self.model)
 
@@ -80,8 +81,8 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         """Forget what an earlier run has seen; keep `buffer` batches of the coming one."""
         self._step = None
         self._meter = LossMeter()
-        self._replay = ReplayBuffer(buffer)
-        self._yielding = YieldingWeight()
+        for run in self._cores:
+            run.replay, run.yielding = ReplayBuffer(buffer), YieldingWeight()
         self._checked = False
         self._logged_scalars = {}
         self._skipped = SkippedSteps()
@@ -90,8 +91,8 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
 
     def _give_core(self, plan: Plan | None) -> None:
         args: Any = self.args
-        if getattr(args, "core", None) and not has_core(self.model):
-            add_core(self.model, args.make_core_config())
+        if _asks_for_cores(args) and not has_core(self.model):
+            self._add_cores(self.model)
         if not has_core(self.model):
             if plan is None and getattr(args, "method", None):
                 plan = replace(args.make_plan(), schedule=FullOnly())
@@ -111,16 +112,28 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
                 "class that mixes in MaskedArgumentsMixin, because the schedule is set there"
             )
         self._trains_slots = True
-        self.plan = within_core(plan or args.make_plan(), self._the_core().update_mask())
+        cores = get_cores(self.model)
+        self._cores = make_runs(cores, plan, args)
+        self._core = self._cores[0]
+        self.plan = self._core.plan
         refuse_unsupported(self, "a core")
-        refuse_no_split(self._the_core(), self.plan.schedule)
-        refuse_rungs(self._the_core(), self.plan)
-        for phase in (self.plan.full, self.plan.core):
-            refuse_meaningless(phase, self._trained(phase), args)
-        if self.args.max_steps > 0:
-            self.plan.validate(self.args.max_steps, args.mask_seed)
+        for run in self._cores:
+            refuse_no_split(cores[run.name], run.plan.schedule)
+            refuse_rungs(cores[run.name], run.plan)
+        refuse_meaningless(self.plan.full, self._trained(self.plan.full), args)
+        for run in self._cores:
+            with self._turn_of(run):
+                refuse_meaningless(run.phase, self._trained(run.phase), args)
+            if self.args.max_steps > 0:
+                run.plan.validate(self.args.max_steps, args.mask_seed)
+        if self.args.output_dir is not None and self.args.should_save:
+            check_free(self.args.output_dir, list(cores.values()))
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(JointProgressCallback)
+            self.add_callback(JointProgressCallback(list(cores)))
+
+    def _add_cores(self, model: Any) -> None:
+        for name, config in self.args.make_core_configs().items():
+            add_core(model, config, name=name)
 
     def _refuse_core_phases(self) -> None:
         trains_core = any(phase.network != "full" for t in range(8) for phase in self.plan.phases(StepInfo(t, 8)))
@@ -132,17 +145,27 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model: Any = super().call_model_init(trial)
-        if getattr(self.args, "core", None) and not has_core(model):
-            add_core(model, self.args.make_core_config())
+        if _asks_for_cores(self.args) and not has_core(model):
+            self._add_cores(model)
         return model
 
     @property
     def core_model(self) -> nn.Module:  # type: ignore[override]
-        """The core network: a model of the same class as `model`."""
+        """The core network, of several the first one: a model of the same class as `model`. Inside an update, the one that is
+        trained in it."""
         return self._the_core().model
 
     def _the_core(self) -> Core:
-        return get_core(self.model)
+        return get_core(self.model, self._core.name if self._cores else None)
+
+    @contextmanager
+    def _turn_of(self, run: CoreRun) -> Iterator[None]:
+        """Inside, this core is the one that is trained."""
+        held, self._core = self._core, run
+        try:
+            yield
+        finally:
+            self._core = held
 
     @property
     def _joint(self) -> bool:  # type: ignore[override]
@@ -165,44 +188,51 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         if not self._joint:
             self._mask_steps_of(self.optimizer)
             return super().create_scheduler(num_training_steps, *args, **kwargs)
-        self.plan.validate(num_training_steps, self.args.mask_seed)
-        span = self._span("full", num_training_steps)
+        for run in self._cores:
+            run.plan.validate(num_training_steps, self.args.mask_seed)
+        span = self._span(self.plan, "full", num_training_steps)
         scheduler = super().create_scheduler(span, *args, **kwargs)
-        self._prepare_core(num_training_steps)
+        for run in self._cores:
+            self._prepare_core(run, num_training_steps)
+        self._full = Stepper(self.optimizer, self.lr_scheduler)
+        self._mask_steps_of(self.optimizer, *(run.optimizer for run in self._cores))
+        self._full.take_rates()
+        self._begin_run(buffer=self.args.distill_buffer)
         return scheduler
 
-    def _span(self, network: Network, max_steps: int) -> int:
-        return updates_of(self.plan, network, max_steps, self.args.mask_seed, self.args.lr_curve)
+    def _span(self, plan: Plan, network: Network, max_steps: int) -> int:
+        return updates_of(plan, network, max_steps, self.args.mask_seed, self.args.lr_curve)
 
-    def _prepare_core(self, max_steps: int) -> None:
-        """Everything that the core's updates need; called once Trainer has prepared the full network's."""
-        core = self._the_core()
+    def _prepare_core(self, run: CoreRun, max_steps: int) -> None:
+        """Everything that a core's updates need; called once Trainer has prepared the full network's."""
+        core = get_core(self.model, run.name)
         core.sync(self.model)
         _mirror_checkpointing(self.model, core.model)
-        self._core_wrapped = self.accelerator.prepare_model(core.model)
+        run.wrapped = self.accelerator.prepare_model(core.model)
         if self._one_state():
-            optimizer = self.optimizer
+            run.optimizer = self.optimizer
         else:
             create = super().create_optimizer
             with own_scaler(self.accelerator):
-                optimizer = self.accelerator.prepare_optimizer(make_core_optimizer(self, create))
-        span = self._span("core", max_steps)
+                run.optimizer = self.accelerator.prepare_optimizer(make_core_optimizer(self, core, create))
+        span = self._span(run.plan, "core", max_steps)
         create_scheduler = super().create_scheduler
-        scheduler = make_core_scheduler(
-            self, lambda: create_scheduler(span, optimizer=optimizer), optimizer, self.args.core_learning_rate_scale
+        run.scheduler = make_core_scheduler(
+            self, lambda: create_scheduler(span, optimizer=run.optimizer), run.optimizer, run.learning_rate_scale
         )
-        self._full, self._core = Stepper(self.optimizer, self.lr_scheduler), Stepper(optimizer, scheduler)
-        self._mask_steps_of(self.optimizer, optimizer)
-        self._full.take_rates()
-        self._begin_run(buffer=self.args.distill_buffer)
-        self._first_ride = self.plan.first_ride(max_steps, self.args.mask_seed)
-        self._splits = split_steps(core.config, self.plan.schedule, max_steps)
-        self._turns = self.plan.turns(max_steps, self.args.mask_seed) if core.nested else []
+        run.first_ride = run.plan.first_ride(max_steps, self.args.mask_seed)
+        run.splits = split_steps(core.config, run.plan.schedule, max_steps)
+        run.turns = run.plan.turns(max_steps, self.args.mask_seed) if core.nested else []
 
     def _mask_steps_of(self, *optimizers: Any) -> None:
-        masked = any(phase.update_mask is not None for phase in (self.plan.full, self.plan.core))
+        phases = [self.plan.full, *(run.phase for run in self._cores)]
+        masked = any(phase.update_mask is not None for phase in phases)
         distinct = {id(o): getattr(o, "optimizer", o) for o in optimizers}
         self._masked_steps = [MaskedSteps(o) for o in distinct.values()] if masked else []
+
+
+def _asks_for_cores(args: Any) -> bool:
+    return bool(getattr(args, "core", None) or getattr(args, "cores", None))
 
 
 def _mirror_checkpointing(full: nn.Module, core: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """One update step of joint training: whose forward and backward run, what the core learns from, what moves.
 
-StepInfo(t, seed) -> schedule -> phases: the first on Trainer's own batch, core updates riding along after it
+StepInfo(t, seed) -> schedule -> phases: the first on Trainer's own batch, updates of each core riding along after it
 per microbatch: [first pass, for a perturbation that needs a gradient] [perturb] forward, backward [restore]
 after reduction: grad_mask -> clip -> optimizer step under update_mask
 """
@@ -14,7 +14,7 @@ from torch import nn
 
 from .apply import hold_still, mask_update, release, zero_outside
 from .compressed_reduction import CompressedReduction
-from .cores import split
+from .cores import get_core, split
 from .distillation import Teaching
 from .forward_pass import ForwardPass, UpdateStep
 from .loss_scale import unscale, unscaled, use_scaler_of
@@ -51,25 +51,26 @@ class UpdateStepMixin(WatchedStepMixin):
         """Put the full network's optimizer back, where a core step did not come to its end."""
         if self._step is not None:
             release(self._step.held)
-        if self._joint and self._step is not None and self._step.phases[0].network == "core":
+        if self._joint and self._step is not None and self._step.phase.network == "core":
             self._use(self._full)
         self._step = None
 
     def _first_update(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         """One microbatch of the update on Trainer's own batch."""
-        phase = self._now().phases[0]
+        phase = self._now().phase
         losses = []
         if phase.network in ("full", "sum"):
             losses.append(self._forward_backward(model, inputs, num_items_in_batch, phase, "full"))
         if phase.network in ("core", "sum"):
-            core_phase = phase if phase.network == "core" else self.plan.core
+            core = self._core
             teaching = self._teaching_for(phase, inputs, num_items_in_batch)
             losses.append(
-                self._forward_backward(self._core_wrapped, inputs, num_items_in_batch, core_phase, "core", teaching)
+                self._forward_backward(core.wrapped, inputs, num_items_in_batch, core.phase, "core", teaching)
             )
         if self.accelerator.sync_gradients:
             self._mask_update(phase)
-            self._yielding.end_update(self._mean_over_processes)
+            if self._joint:
+                self._core.yielding.end_update(self._mean_over_processes)
         return losses[0]
 
     def _now(self) -> UpdateStep:
@@ -79,38 +80,41 @@ class UpdateStepMixin(WatchedStepMixin):
 
     def _begin_step(self, inputs: Any) -> None:
         t = self.state.global_step
-        turn = self._turns[t] if self._turns else 0
+        turn = self._core.turn(t) if self._joint else 0
         info = StepInfo(t, self.state.max_steps, getattr(self.args, "mask_seed", 0), turn=turn)
-        self._step = step = UpdateStep(info, self.plan.phases(info))
+        rides = [(run, run.rides(info)) for run in self._cores]
+        self._step = step = UpdateStep(
+            info, self.plan.phases(info)[0], [(run, phases) for run, phases in rides if phases]
+        )
         self._compress_reductions()
         if self._joint:
             self._take_turn(step, inputs)
-        self._begin_watch(step.phases[0])
-        self._hold_still(step.phases[0])
+        self._begin_watch(step.phase)
+        self._hold_still(step.phase)
 
     def _compress_reductions(self) -> None:
         """Hand the reduction of gradients over to the rules that make it, once the networks are wrapped."""
         wrapped = [(self.plan.full, self.model_wrapped, self.model)]
-        if self._joint:
-            wrapped.append((self.plan.core, self._core_wrapped, self.core_model))
+        wrapped += [(run.phase, run.wrapped, get_core(self.model, run.name).model) for run in self._cores]
         for phase, network, model in wrapped:
             if isinstance(phase.grad_mask, CompressedReduction):
                 phase.grad_mask.attach(network, dict(model.named_parameters()), lambda: self._now().info)
 
     def _take_turn(self, step: UpdateStep, inputs: Any) -> None:
-        """Split the core where this step asks for it, and let the network that is trained step its own optimizer.
+        """Split the cores that this step asks for, and let the network that is trained step its own optimizer.
 
         Args: `inputs` of the step's first microbatch, which a core may look at before it is split.
         """
-        info = step.info
         use_scaler_of(self.accelerator, self.optimizer)
         self._full.note_rate()
-        if info.step in self._splits:
-            self._show_inputs(inputs)
-            renewed = split(self.model)
-            for stepper in (self._core, self._full):
-                forget_moments(stepper.optimizer, renewed)
-        if step.phases[0].network == "core":
+        for run in self._cores:
+            if step.info.step in run.splits:
+                with self._turn_of(run):
+                    self._show_inputs(inputs)
+                renewed = split(self.model, name=run.name)
+                for stepper in (run, self._full):
+                    forget_moments(stepper.optimizer, renewed)
+        if step.phase.network == "core":
             self._use(self._core)
             self._core.take_rates()
         elif self._one_state():
@@ -122,9 +126,10 @@ class UpdateStepMixin(WatchedStepMixin):
     ) -> torch.Tensor:
         """Forward and backward of one microbatch through one network, at x + dx where the phase perturbs."""
         step = self._now()
-        learns = network == "full" and (step.rides or phase.network == "sum")
-        teaches = learns and self.plan.core.distill_weight > 0
-        keep = network == "full" and (step.rides or teaches or self._kept_for_later(step.info))
+        learners = self._cores if phase.network == "sum" else [run for run, _ in step.rides]
+        teaches = network == "full" and any(run.learns for run in learners)
+        later = any(run.keeps_for_later(step.info.step) for run in self._cores)
+        keep = network == "full" and (bool(step.rides) or teaches or later)
         under_way = ForwardPass(phase, network, teaching, keep=keep, keep_teaching=teaches)
         apart: AbstractContextManager[None] = self._host_metrics_apart() if network == "core" else nullcontext()
         with self._at_rung(network):
@@ -134,7 +139,8 @@ class UpdateStepMixin(WatchedStepMixin):
         if self._joint:
             # Trainer may have divided the loss by the number of microbatches; the label loss alone follows suit
             label_loss = loss if network == "full" else under_way.label_loss * (loss / under_way.total_loss)  # type: ignore[operator]
-            self._meter.add(f"loss_{network}", label_loss, 1 / self.current_gradient_accumulation_steps)
+            name = self._core.name if network == "core" else network
+            self._meter.add(f"loss_{name}", label_loss, 1 / self.current_gradient_accumulation_steps)
         return loss
 
     def _at_rung(self, network: str) -> AbstractContextManager[None]:
@@ -202,7 +208,7 @@ class UpdateStepMixin(WatchedStepMixin):
 
     def _clipped(self, model: nn.Module) -> nn.Module:
         """What the norm of this update's gradient is taken over."""
-        network = self._step.phases[0].network if self._step is not None else "full"
+        network = self._step.phase.network if self._step is not None else "full"
         if network == "sum":
             return nn.ModuleList([self.model, self.core_model])
         return self.core_model if network == "core" else model
@@ -223,36 +229,42 @@ class UpdateStepMixin(WatchedStepMixin):
             self._log_measures(step.row)
         if not self._joint:
             return
-        first = step.phases[0].network
+        first = step.phase.network
         skipped = getattr(self.optimizer, "step_was_skipped", False)
         if first == "core":
             self._use(self._full)
             self._meter.saw_core_step()
         if first != "full":
             self.core_model.zero_grad()
-        if step.rides:
-            self._ride(step)
-        elif self._kept_for_later(step.info):
-            self._replay.add(step.seen)
+        self._buffer(step)
+        for run, phases in step.rides:
+            with self._turn_of(run):
+                self._ride(step, phases)
         if self.args.lr_curve == "shared" and not skipped:
-            (self._full if first == "core" else self._core).scheduler.step()
+            for stepper in [self._full] if first == "core" else self._cores:
+                stepper.scheduler.step()
 
-    def _kept_for_later(self, info: StepInfo) -> bool:
-        """Whether the batch of a step before the first ride will still be in the buffer then."""
-        start = self._first_ride
-        return start is not None and start - self._replay.capacity <= info.step < start
+    def _buffer(self, step: UpdateStep) -> None:
+        """Give the batch to the cores that learn from it in this step, or may in a later one; all hold the same copy of it."""
+        riding = [run for run, _ in step.rides if self.args.distill_buffer]
+        later = [run for run in self._cores if run.keeps_for_later(step.info.step)]
+        if not riding and not later:
+            return
+        kept = step.seen.to("cpu")
+        for run in riding:
+            run.replay.add(kept, uses=1, taught=run.learns)
+        for run in later:
+            run.replay.add(kept, taught=False)
 
-    def _ride(self, step: UpdateStep) -> None:
-        """The core updates that follow a full one: on its own batch first, then on batches drawn from the buffer."""
-        newest = step.seen
-        if self.args.distill_buffer:
-            self._replay.add(newest, uses=1)
+    def _ride(self, step: UpdateStep, phases: tuple[Phase, ...]) -> None:
+        """The updates of a core that follow a full one: on its own batch first, then on batches drawn from the buffer."""
+        newest = self._core.given(step.seen)
         held = self.current_gradient_accumulation_steps
         self._use(self._core)
-        for update, phase in enumerate(step.phases[1:], start=1):
-            info = replace(step.info, update=update, turn=step.info.turn + update - 1)
-            batch = self._replay.draw(info) if update > 1 and self.args.distill_buffer else newest
-            self._step = UpdateStep(info, (phase,))
+        for update, phase in enumerate(phases, start=1):
+            info = replace(step.info, update=update, turn=self._core.turn(step.info.step) + update - 1)
+            batch = self._core.replay.draw(info) if update > 1 and self.args.distill_buffer else newest
+            self._step = UpdateStep(info, phase)
             try:
                 with own_random_stream(info.random_seed("core_update"), self.args.device):
                     self._core_update(phase, batch)
@@ -275,10 +287,10 @@ class UpdateStepMixin(WatchedStepMixin):
         for index, microbatch in enumerate(batch.microbatches):
             here = microbatch.to(self.args.device)
             last = index == count - 1
-            with nullcontext() if last else self.accelerator.no_sync(self._core_wrapped):
-                self._forward_backward(self._core_wrapped, here.inputs, num_items, phase, "core", here.teaching)
+            with nullcontext() if last else self.accelerator.no_sync(core.wrapped):
+                self._forward_backward(core.wrapped, here.inputs, num_items, phase, "core", here.teaching)
         self._mask_update(phase)
-        self._yielding.end_update(self._mean_over_processes)
+        core.yielding.end_update(self._mean_over_processes)
         norm = self._clip_grad_norm(self.core_model) if self.args.max_grad_norm > 0 else None
         self._get_grad_norm(self.core_model, grad_norm=norm)
         core.optimizer.step()

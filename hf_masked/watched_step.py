@@ -43,13 +43,13 @@ class WatchedStepMixin(SecondPassMixin):
             self._first_gradient(model, inputs, num_items, exact), 1 / self.current_gradient_accumulation_steps
         )
         if self._joint:
-            self._now().gap = self._core_full_gap(inputs)
+            self._now().gaps = self._core_full_gaps(inputs)
 
-    def _core_full_gap(self, inputs: Any) -> float:
-        """The core's mean label loss minus the full network's on a microbatch, with the same random numbers."""
+    def _core_full_gaps(self, inputs: Any) -> dict[str, float]:
+        """The mean label loss of each core minus the full network's on a microbatch, with the same random numbers."""
         losses = []
         batch = self._prepare_inputs(inputs)
-        for network in (self._core_wrapped, self.model):
+        for network in (*(run.wrapped for run in self._cores), self.model):
             with (
                 torch.no_grad(),
                 random_state_kept(self.args.device),
@@ -58,7 +58,7 @@ class WatchedStepMixin(SecondPassMixin):
             ):
                 network.train()
                 losses.append(float(self._loss_and_outputs(network, dict(batch), num_items_in_batch=None)[0]))
-        return losses[0] - losses[1]
+        return {f"{run.name}_full_gap": loss - losses[-1] for run, loss in zip(self._cores, losses, strict=False)}
 
     def _watch_update(self, phase: Phase, grad_mask: MaskValues, update_mask: MaskValues) -> None:
         """Look at what the optimizer is about to be given."""
@@ -79,8 +79,7 @@ class WatchedStepMixin(SecondPassMixin):
         step.row = step.measure.compare(stepped, masks) | self._coverage.read(
             step.info.step, step.measure.shares(masks)
         )
-        if step.gap is not None:
-            step.row["core_full_gap"] = step.gap
+        step.row |= step.gaps
 
     def _log_measures(self, row: dict[str, float]) -> None:
         """A log row of its own, which leaves Trainer's due one due."""

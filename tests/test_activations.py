@@ -188,7 +188,7 @@ def test_the_split_looks_at_the_newest_batches_and_the_full_model_does_not_notic
 
     class Watched(MaskedTrainer):
         def _show_inputs(self, inputs: Any) -> None:
-            newest = list(self._replay.batches)[-2:]
+            newest = list(self._core.replay.batches)[-2:]
             seen.extend(m.inputs for b in newest for m in b.microbatches)
             full = tiny()
             full.load_state_dict(self.model.state_dict())

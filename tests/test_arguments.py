@@ -34,7 +34,8 @@ from hf_masked import (
 )
 from hf_masked.arguments import MaskedArgumentsMixin
 
-FIELDS = {field.name: field for field in dataclasses.fields(MaskedArgumentsMixin)}
+# but for `cores`, which stands in place of core and core_config: tests/test_several_cores.py
+FIELDS = {field.name: field for field in dataclasses.fields(MaskedArgumentsMixin) if field.name != "cores"}
 GIVEN: dict[str, Any] = {
     "core": "low_rank",
     "core_config": {"rank": 3, "coupling": "shared", "rank_pattern": {"q_proj": 2}},

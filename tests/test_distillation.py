@@ -215,7 +215,7 @@ def test_batches_from_before_the_core_starts_are_kept_without_logits(
     schedule = {"name": "ride_along", "core_updates": 2.0, "start": 3}
     model = add_core(tiny(), LowRankCoreConfig(rank=4))
     trainer = fit(tmp_path, model, max_steps=6, schedule=schedule, distill_buffer=capacity)
-    assert [b.microbatches[0].teaching is not None for b in trainer._replay.batches] == expected
+    assert [b.microbatches[0].teaching is not None for b in trainer._core.replay.batches] == expected
 
 
 def test_buffer_comes_back_from_disk(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_buffer_is_logged_in_bytes_and_carried_by_checkpoints(tmp_path: Path) ->
         stored = load_file(tmp_path / f"checkpoint-{step}" / "joint" / "replay.safetensors")
         assert size == sum(t.nbytes for name, t in stored.items() if name != "uses")
     assert said[0] < said[1] < said[2], "it does not fill"
-    assert all(t.device.type == "cpu" for b in trainer._replay.batches for t in b.tensors().values())
+    assert all(t.device.type == "cpu" for b in trainer._core.replay.batches for t in b.tensors().values())
 
 
 def test_buffer_refuses_what_a_checkpoint_could_not_carry() -> None:

@@ -24,7 +24,7 @@ from common import rows, tiny
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from hf_masked import export, extract_core, merge_full
+from hf_masked import LowRankCoreConfig, add_core, export, extract_core, merge_full
 
 logging.set_verbosity_error()
 # a child killed inside a progress bar would keep the lock that it shares with this process
@@ -34,6 +34,11 @@ base, scenario = Path(sys.argv[1]), sys.argv[2]
 target, kept = base / "out", base / "kept"
 IDS = rows(1)[0]["input_ids"][None]
 pair = {"old": tiny(seed=0, core="free"), "new": tiny(seed=1, core="shared", rank=3)}
+folders = {"full": [""], "core": ["core"]}
+if scenario == "renamed":
+    pair = {"old": add_core(tiny(seed=0), LowRankCoreConfig(rank=2), name="small"),
+            "new": add_core(tiny(seed=1), LowRankCoreConfig(rank=3), name="other")}
+    folders["core"] = ["small", "other"]
 sharded = {"old": "40KB", "new": "1GB"} if scenario != "random" else {"old": "1GB", "new": "40KB"}
 
 def logits(model):
@@ -44,11 +49,15 @@ EXPECTED = {(kind, age): logits(make(model)) for age, model in pair.items()
             for kind, make in (("full", merge_full), ("core", extract_core))}
 
 def loads_as(kind):
-    try:
-        found = logits(AutoModelForCausalLM.from_pretrained(target, subfolder="core" if kind == "core" else ""))
-    except Exception:
-        return "nothing"
-    return next((age for age in pair if torch.equal(found, EXPECTED[kind, age])), "something else")
+    found = []
+    for folder in folders[kind]:
+        try:
+            found.append(logits(AutoModelForCausalLM.from_pretrained(target, subfolder=folder)))
+        except Exception:
+            continue
+    if len(found) != 1:
+        return "something else" if found else "nothing"
+    return next((age for age in pair if torch.equal(found[0], EXPECTED[kind, age])), "something else")
 
 def renew():
     shutil.rmtree(target, ignore_errors=True)
@@ -90,8 +99,8 @@ def report(**more):
 write("old")
 shutil.copytree(target, kept)
 report()
-if scenario in ("every", "in place"):
-    action, number, killed = write if scenario == "every" else write_in_place, 0, True
+if scenario in ("every", "renamed", "in place"):
+    action, number, killed = write_in_place if scenario == "in place" else write, 0, True
     while killed:
         number += 1
         renew()
@@ -141,8 +150,10 @@ def sound(outcome: dict[str, Any]) -> bool:
     return len(ages) <= 1 and "something else" not in ages
 
 
-def test_killed_at_every_file_operation(tmp_path: Path) -> None:
-    found = outcomes(tmp_path, "every")
+@pytest.mark.parametrize("scenario", ["every", "renamed"])
+def test_killed_at_every_file_operation(scenario: str, tmp_path: Path) -> None:
+    """Also where the core of the new export has another name, so lies in another folder."""
+    found = outcomes(tmp_path, scenario)
     assert len(found) > 10 and all(map(sound, found)), [o for o in found if not sound(o)]
     counted = Counter((o["full"], o["core"]) for o in found)
     assert counted["old", "old"] >= 1 and counted["nothing", "nothing"] >= 1, counted

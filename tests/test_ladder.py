@@ -149,7 +149,7 @@ def test_an_update_at_a_rung_moves_its_slice_and_nothing_else(tmp_path: Path, co
 
     class Watched(MaskedTrainer):
         def _forward_backward(self, network: Any, *rest: Any, **named: Any) -> Any:
-            if self._core_wrapped is network:
+            if self._core.wrapped is network:
                 seen.append(factors(self.model))
             return super()._forward_backward(network, *rest, **named)
 

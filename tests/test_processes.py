@@ -24,10 +24,13 @@ from accelerate import PartialState
 from common import fit, log, rows, tiny, values
 from safetensors.torch import save_file
 
+from hf_masked import get_cores
+
 folder, several = Path(sys.argv[1]), "WORLD_SIZE" in os.environ
 core = {"core": "low_rank", "core_config": {"rank": 4}}
 runs = {
     "ride": core | {"schedule": {"name": "ride_along", "core_updates": 1.5, "start": 1}},
+    "several": {"cores": {"small": {"rank": 4, "core_updates": 1.5, "start": 1}, "shallow": {"kind": "depth", "start": 2}}},
     "activation": {"core": "low_rank", "core_config": {"rank": 4, "init": "activation"}, "schedule": {"name": "ride_along", "start": 2}},
     "layer_drop": {"method": "layer_drop", "method_config": {"keep": 0.5}},
     "alternate": core | {"schedule": "alternate"},
@@ -44,8 +47,8 @@ for name, options in runs.items():
                   trainer_options={"train_dataset": rows(16)})
     if trainer.is_world_process_zero():
         found = values(trainer.accelerator.unwrap_model(trainer.model))
-        if "core" in options:
-            found |= {f"core.{n}": v for n, v in values(trainer.core_model).items()}
+        for core in get_cores(trainer.model).values():
+            found |= {f"{core.name}.{n}": v for n, v in values(core.model).items()}
         key = f"{name}-{trainer.accelerator.num_processes}"
         save_file({n: v.contiguous() for n, v in found.items()}, folder / f"{key}.safetensors")
         (folder / f"{key}.json").write_text(json.dumps(log(trainer)))
@@ -55,7 +58,9 @@ PartialState().destroy_process_group()
 TESTS = Path(__file__).resolve().parent
 
 
-NAMES = ["ride", "activation", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "topk_ef"]
+NAMES = [
+    "ride", "several", "activation", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "topk_ef",
+]  # fmt: skip
 
 
 def launch(folder: Path, processes: int) -> None:
@@ -82,7 +87,7 @@ def test_two_processes_are_one(name: str, folder: Path) -> None:
     one, two = (load_file(folder / f"{name}-{processes}.safetensors") for processes in (1, 2))
     assert set(one) == set(two)
     assert max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-6
-    other = load_file(folder / f"{'sum' if name == 'ride' else 'ride'}-1.safetensors")
+    other = load_file(folder / f"{'sum' if name in ('ride', 'several') else 'ride'}-1.safetensors")
     assert max(float((one[n] - other[n]).abs().max()) for n in one if n in other) > 1e-4, "the runs are not told apart"
     assert all(torch.isfinite(value).all() for value in one.values())
 

@@ -48,10 +48,14 @@ def test_front_page(tmp_path: Path) -> None:
 def test_guide(tmp_path: Path) -> None:
     names = front_page(tmp_path)
     trainer, inputs = names["trainer"], tokenizer()("w5 w6 w7", return_tensors="pt", return_token_type_ids=False)
-    adapter, reload, _, drafting = blocks("hf_masked/README.md", tmp_path)  # the core of one's own: test_core_kinds.py
+    # one's own core: test_core_kinds.py; FSDP2: devices/test_fsdp2.py
+    adapter, reload, _, several, drafting, _ = blocks("hf_masked/README.md", tmp_path)
     run(names, adapter, "guide")
     adapted, trained = run(names, reload, "guide")["core"], get_core(names["trainer"].model).model.eval()
     with torch.no_grad():
         torch.testing.assert_close(adapted.eval()(**inputs).logits, trained(**inputs).logits)
+    named = run(names | {"validation": rows(4, seed=1)}, several, "guide")
+    assert {"eval_loss", "eval_tuned_loss", "eval_shallow_loss"} <= set(named["metrics"])
+    assert (tmp_path / "out/tuned/adapter_config.json").exists() and (tmp_path / "out/shallow/config.json").exists()
     drafted = run({"trainer": trainer, "inputs": inputs}, drafting, "guide")
     assert 0 <= drafted["acceptance"].rate <= 1 and len(drafted["ids"][0]) > 3

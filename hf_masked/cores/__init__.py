@@ -9,7 +9,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from .activations import input_moments, run_through
-from .base import Core, CoreConfig, attach_core, core_mode, get_core, has_core
+from .attached import attach_core, check_name, core_mode, cores_apart, get_core, get_cores, has_core
+from .base import DEFAULT_NAME, Core, CoreConfig
 from .config import LowRankCoreConfig
 from .depth import DepthCore, DepthCoreConfig
 from .grown import GrownMasks
@@ -45,6 +46,7 @@ __all__ = [
     "add_core",
     "core_mode",
     "get_core",
+    "get_cores",
     "has_core",
     "split",
     "to_semi_structured",
@@ -58,7 +60,10 @@ CORE_KINDS: dict[str, type[CoreConfig]] = {
 
 
 def add_core(
-    model: PreTrainedModel, config: CoreConfig | PeftConfig, calibration: Iterable[Mapping[str, Any]] | None = None
+    model: PreTrainedModel,
+    config: CoreConfig | PeftConfig,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    name: str = DEFAULT_NAME,
 ) -> PreTrainedModel:
     """Give a model a core, in place: a smaller network of the same class that is trained with it.
 
@@ -70,12 +75,15 @@ def add_core(
         config: what the core is; of a kind in `CORE_KINDS`, your own `CoreConfig`, or a `peft.LoraConfig`.
         calibration: batches, each a dict of the model's inputs, for init "activation" of a low-rank core. Without them such a
             core starts as "svd" does, until a split in training looks at the batches there.
+        name: of the core; a model may have several, all with coupling "free". Its metrics are `eval_<name>_*` and its export
+            is `<name>/`: a lower-case identifier.
 
-    Returns: the same model, for chaining. `get_core(model).model` is the core network.
+    Returns: the same model, for chaining. `get_core(model).model` is the core network, `get_core(model, name)` one of
+        several.
 
-    Raises: ValueError for a model that has a core, is quantized or PEFT-wrapped, or that cannot have such a core,
-        and for calibration that the core has no use for.
-        TypeError for another kind of config. The model is untouched then.
+    Raises: ValueError for a model that has a core of that name, is quantized or PEFT-wrapped, or that cannot have such a
+        core, for another name, for several cores of which one is "shared", and for calibration that the core has no use
+        for. TypeError for another kind of config. The model is untouched then.
 
     Cost: memory of the core's own parameters; what `config` says it takes to start them.
 
@@ -93,27 +101,33 @@ def add_core(
         config = LoraCoreConfig.from_peft(config)
     if not isinstance(config, CoreConfig):
         raise TypeError(f"got a config of type {type(config).__name__}; needs a CoreConfig, such as LowRankCoreConfig")
+    _refuse_beside(get_cores(model), config, name)
     _refuse_unfit(model)
     whole = model
     if is_sharded(model):
         _refuse_common(config)
         whole = gathered(model)
-    if calibration is None:
-        core = config.build(whole)
-    elif isinstance(config, LowRankCoreConfig) and config.init == "activation":
-        core = config.build(
-            whole, run_through(model, input_moments(model, [*find_targets(whole, config)]), calibration)
-        )
-    else:
-        raise _needs_no_calibration(config)
-    attach_core(model, core)
+    with cores_apart(model):
+        if calibration is None:
+            core = config.build(whole)
+        elif isinstance(config, LowRankCoreConfig) and config.init == "activation":
+            core = config.build(
+                whole, run_through(model, input_moments(model, [*find_targets(whole, config)]), calibration)
+            )
+        else:
+            raise _needs_no_calibration(config)
+    attach_core(model, core, name)
     return model
 
 
-def split(model: PreTrainedModel, calibration: Iterable[Mapping[str, Any]] | None = None) -> list[nn.Parameter]:
+def split(
+    model: PreTrainedModel, calibration: Iterable[Mapping[str, Any]] | None = None, name: str | None = None
+) -> list[nn.Parameter]:
     """Make the core the best part of the full network as it is now; the full network keeps its function.
 
-    Args: `calibration` as of `add_core`; init "activation" needs it.
+    Args:
+        calibration: as of `add_core`; init "activation" needs it.
+        name: which of several cores.
 
     Returns: the core's parameters that are new, so whose optimizer state is void.
 
@@ -121,7 +135,7 @@ def split(model: PreTrainedModel, calibration: Iterable[Mapping[str, Any]] | Non
 
     Cost: what the kind of core says; for low rank, one SVD per target.
     """
-    core = get_core(model)
+    core = get_core(model, name)
     if calibration is not None:
         observing = core.observe(model)
         if observing is None:
@@ -147,9 +161,26 @@ def _refuse_common(config: CoreConfig) -> None:
         )
 
 
+def _refuse_beside(others: dict[str, Core], config: CoreConfig, name: str) -> None:
+    """Refuse a core that cannot stand beside those that the model has."""
+    if name in others:
+        raise ValueError(
+            f"got a model that already has a core of the name {name!r}; needs another one, because metrics and folders are called "
+            "by it; set name="
+        )
+    check_name(name, others)
+    shared = [other for other, core in others.items() if core.config.coupling != "free"]
+    if others and (shared or config.coupling != "free"):
+        raise ValueError(
+            f"got coupling={config.coupling!r} for the core {name!r} beside {list(others)} of coupling "
+            f"{[core.config.coupling for core in others.values()]}; needs 'free' for all of several cores, because a shared one "
+            "is the full network's own parameters, so its updates would move what the others are split from and learn from; set "
+            "coupling"
+        )
+
+
 def _refuse_unfit(model: PreTrainedModel) -> None:
     reasons = {
-        "it already has a core": has_core(model),
         "it is quantized": bool(getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None)),
         "it is the core of another model": any(
             isinstance(m, FactorizedLinear | MergedLinear) or is_parametrized(m) for m in model.modules()

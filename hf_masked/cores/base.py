@@ -9,7 +9,6 @@ distributed wrapper, or a stock `Trainer` of the full model see the full model a
 
 import copy
 import re
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -22,14 +21,13 @@ from transformers import PreTrainedModel
 
 from ..typed import check_types, json_object
 from ..types import Mask, StepInfo
-from .modules import named_tensors, unwrap, without_autocast
+from .modules import named_tensors, without_autocast
 
 Rank = int | float
 Coupling = Literal["free", "shared"]
 ConfigType = TypeVar("ConfigType", bound="CoreConfig")
-_ATTRIBUTE = "hf_masked_core"
-# what core_mode exchanges: a core of other sizes has a configuration of its own, an adapter what PEFT notes
-_EXCHANGED = ("_modules", "_parameters", "_buffers", "config", "peft_config", "_hf_peft_config_loaded")
+# of the one core of a model, and what its metrics and folders are called by
+DEFAULT_NAME = "core"
 
 
 @dataclass(kw_only=True)
@@ -106,7 +104,8 @@ class Core:
             leave them alone; both tensors use one storage.
     """
 
-    folder: ClassVar[str] = "core"  # where an export puts it, beside the full model
+    name: str = DEFAULT_NAME  # among the cores of its model
+    folder: str = "core"  # where an export puts it, beside the full model; that of a name of its own is called by it
     formats: ClassVar[tuple[str, ...]] = ("dense",)  # what `extract` can make; the first is the default
 
     def __init__(
@@ -147,7 +146,7 @@ class Core:
 
     def merge(self, full: PreTrainedModel) -> PreTrainedModel:
         """The full network as a plain model of the unchanged class, independent of the core."""
-        return without_autocast(copy.deepcopy(full, {id(self): None}))
+        return without_autocast(copy.deepcopy(full, {id(v): None for v in vars(full).values() if isinstance(v, Core)}))
 
     def write(self, folder: str | Path, core_format: str, max_shard_size: int | str = "50GB") -> None:
         """Save the core so that it loads from `folder`."""
@@ -155,7 +154,9 @@ class Core:
 
     def loading_lines(self, class_name: str, where: str) -> list[str]:
         """The lines of Python with which a model card shows how to load the core."""
-        return [f'core = {class_name}.from_pretrained("{where}", subfolder="{self.folder}")  # stock Transformers']
+        return [
+            f'{self.name} = {class_name}.from_pretrained("{where}", subfolder="{self.folder}")  # stock Transformers'
+        ]
 
     def counterparts(self, full: nn.Module) -> dict[str, torch.Tensor]:
         """Name in the core -> the full network's tensor that it follows to another device or dtype."""
@@ -183,7 +184,8 @@ class Core:
     @property
     def nested(self) -> dict[str, Rank]:
         """Name -> rank of the smaller cores inside this one that are trained, evaluated (`eval_core_<name>_loss`) and
-        exported (`core-<name>/`) with it, increasing; empty for a core of one size."""
+        exported (`core-<name>/`) with it, increasing; empty for a core of one size. A core of a name of its own has that in place
+        of `core`."""
         return {}
 
     def rung(self, info: StepInfo) -> Rank | None:
@@ -229,68 +231,3 @@ def require(condition: bool, name: str, value: object, rule: str, reason: str) -
     """Refuse a value of a core's configuration by name, with the rule and the reason."""
     if not condition:
         raise ValueError(f"got {name}={value!r}; needs {rule}, because {reason}; set it in --core_config")
-
-
-def has_core(model: nn.Module) -> bool:
-    """Whether `add_core` was called on the model."""
-    return getattr(unwrap(model), _ATTRIBUTE, None) is not None
-
-
-def get_core(model: nn.Module) -> Any:
-    """The core of a model: a `Core`, of the class that its config made.
-
-    Raises: ValueError where the model has none.
-    """
-    core = getattr(unwrap(model), _ATTRIBUTE, None)
-    if core is None:
-        raise ValueError(
-            f"got a {type(model).__name__} without a core; needs one, because this runs or saves the core; "
-            "call add_core(model, LowRankCoreConfig(...)) first, or set --core low_rank"
-        )
-    return core
-
-
-def attach_core(model: PreTrainedModel, core: Core) -> None:
-    """Make `core` the core of `model`."""
-    setattr(model, _ATTRIBUTE, core)
-
-
-@contextmanager
-def core_mode(model: PreTrainedModel, rank: Rank | None = None) -> Iterator[PreTrainedModel]:
-    """Inside this context the model is its core: `forward`, `generate`, `save_pretrained`, `named_parameters`.
-
-    May be nested; the full network is back afterwards, also after an exception. Not for two threads at once: the
-    switch belongs to the model object, so a second thread would run whichever network the first one chose. Threads
-    that want both call `get_core(model).model` directly.
-
-    Args: `rank`: run the part of that rank of a low-rank core, an int, or a fraction of min(in_features, out_features);
-        what is saved is the whole core, `extract_core(model, rank=...)` cuts it.
-
-    Raises: ValueError without a core, or for a rank that it does not hold; RuntimeError when another thread is inside.
-
-    Cost: none per layer; the model's tables of children are exchanged.
-    """
-    full = unwrap(model)
-    core = get_core(full)
-    if core.active_thread == threading.get_ident():
-        with core.at_rank(rank):
-            yield model
-        return
-    if core.active_thread is not None:
-        raise RuntimeError(
-            "got core_mode(model) from a second thread; needs one thread at a time, because the switch belongs to the "
-            "model object; call get_core(model).model(...) instead, which switches nothing"
-        )
-    core.sync(full)
-    core.model.train(full.training)
-    theirs, mine = ({k: n.__dict__[k] for k in _EXCHANGED if k in n.__dict__} for n in (full, core.model))
-    core.active_thread = threading.get_ident()
-    full.__dict__.update(mine)
-    try:
-        with core.at_rank(rank):
-            yield model
-    finally:
-        full.__dict__.update(theirs)
-        for only_mine in mine.keys() - theirs.keys():
-            del full.__dict__[only_mine]
-        core.active_thread = None

@@ -118,7 +118,7 @@ class LoraCore(MergingCore):
             "from peft import PeftModel",
             "",
             f'base = {class_name}.from_pretrained("{base}")',
-            f'core = PeftModel.from_pretrained(base, "{where}", subfolder="{self.folder}")',
+            f'{self.name} = PeftModel.from_pretrained(base, "{where}", subfolder="{self.folder}")',
         ]
 
     def counterparts(self, full: nn.Module) -> dict[str, torch.Tensor]:

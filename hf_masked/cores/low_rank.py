@@ -185,7 +185,7 @@ class LowRankCore(MergingCore):
     def loading_lines(self, class_name: str, where: str) -> list[str]:
         comment = "import hf_masked  # the core's linear layers are factorised; this teaches Transformers to load them"
         folders = [self.folder, *(f"{self.folder}-{name}" for name in self.nested)]
-        variables = ["core", *(f"core_{name.replace('.', '_')}" for name in self.nested)]
+        variables = [self.name, *(f"{self.name}_{name.replace('.', '_')}" for name in self.nested)]
         lines = [
             f'{variable} = {class_name}.from_pretrained("{where}", subfolder="{folder}")'
             for variable, folder in zip(variables, folders, strict=True)

@@ -29,8 +29,8 @@ class Count(TrainerCallback):
     def on_train_begin(self, *args, **kwargs):
         self.bytes = {}
         wrapped = {"full": self.trainer.model_wrapped}
-        if hasattr(self.trainer, "_core_wrapped"):
-            wrapped["core"] = self.trainer._core_wrapped
+        if getattr(self.trainer, "_cores", None):
+            wrapped["core"] = self.trainer._core.wrapped
         for name, ddp in wrapped.items():
             self.bytes[name] = 0
             ddp.register_comm_hook(name, self.hook)

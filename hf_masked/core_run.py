@@ -1,0 +1,112 @@
+"""One core in training: what belongs to it and to no other core of the model."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .cores import Core
+from .distillation import YieldingWeight
+from .optimization import Stepper
+from .plan import Plan, within_core
+from .replay import Batch, ReplayBuffer
+from .schedules import FullOnly, RideAlong
+from .types import Phase, StepInfo
+
+
+@dataclass
+class CoreRun(Stepper):
+    """What the updates of one core step, when they come, and what they learn from.
+
+    Args:
+        name: of the core.
+        plan: its schedule and its phase; the full network's phase is the same object for all cores.
+        learning_rate_scale: factor of its learning rates.
+        wrapped: the core network as accelerate prepared it.
+        splits: update steps before which it is split.
+        turns: how many updates of it come before each step, where it is trained at several sizes; else empty.
+        first_ride: the first update step that updates of it follow, or None.
+        replay, yielding: the batches that it draws from, and the weight of what the full network said to them.
+    """
+
+    optimizer: Any = None
+    scheduler: Any = None
+    name: str = field(kw_only=True)
+    plan: Plan = field(kw_only=True)
+    learning_rate_scale: float = 1.0
+    wrapped: Any = None
+    splits: set[int] = field(default_factory=set)
+    turns: list[int] = field(default_factory=list)
+    first_ride: int | None = None
+    replay: ReplayBuffer = field(default_factory=lambda: ReplayBuffer(0))
+    yielding: YieldingWeight = field(default_factory=YieldingWeight)
+
+    @property
+    def phase(self) -> Phase:
+        """How an update of it is made."""
+        return self.plan.core
+
+    @property
+    def learns(self) -> bool:
+        """Whether the full network's logits teach it."""
+        return self.phase.distill_weight > 0
+
+    def rides(self, info: StepInfo) -> tuple[Phase, ...]:
+        """Its updates after the trainer's own in this step."""
+        return self.plan.phases(info)[1:]
+
+    def turn(self, step: int) -> int:
+        """How many of its updates come before this step, as `StepInfo.turn` has it."""
+        return self.turns[step] if self.turns else 0
+
+    def keeps_for_later(self, step: int) -> bool:
+        """Whether the batch of a step before the first ride will still be in the buffer then."""
+        start = self.first_ride
+        return start is not None and start - self.replay.capacity <= step < start
+
+    def given(self, batch: Batch) -> Batch:
+        """A batch of the step under way as this core may see it."""
+        return batch if self.learns else batch.without_teaching()
+
+
+def make_runs(cores: dict[str, Core], plan: Plan | None, args: Any) -> list[CoreRun]:
+    """What each of a model's cores needs, as `plan`, or without one the arguments, say.
+
+    Raises: ValueError for cores that the arguments do not name, and for what several cores give no meaning.
+    """
+    named = args.named_cores()
+    if named and set(named) != set(cores):
+        raise ValueError(
+            f"got a model with the cores {list(cores)} and --cores of {list(named)}; needs the same names, because the others would "
+            "be left out; set --cores"
+        )
+    # the rules of a phase remember what they have seen, so each core has its own, and the full network's are one
+    plans = {name: plan or args.make_plan(name) for name in cores}
+    first = next(iter(plans.values()))
+    if len(cores) > 1:
+        _refuse_several(first, plan is not None, args)
+    runs = []
+    for name, core in cores.items():
+        own = plans[name] if plans[name].full is first.full else replace(plans[name], full=first.full)
+        said = named[name].own if name in named else {}
+        scale = said.get("core_learning_rate_scale", args.core_learning_rate_scale)
+        runs.append(CoreRun(name=name, plan=within_core(own, core.update_mask()), learning_rate_scale=scale))
+    return runs
+
+
+def _refuse_several(plan: Plan, given: bool, args: Any) -> None:
+    reasons = {
+        f"the schedule {plan.schedule}": (
+            not isinstance(plan.schedule, RideAlong | FullOnly),
+            "each core's updates follow full ones, as often as it is told; set --schedule ride_along",
+        ),
+        "moments='shared'": (
+            args.moments == "shared",
+            "they share no parameter with the full network that both would move; set --moments per_phase",
+        ),
+        "a plan= with rules for core updates": (
+            given and plan.core.has_slots,
+            "one rule would remember what it has seen of all of them; name a --method with apply_to core",
+        ),
+    }
+    for what, (applies, reason) in reasons.items():
+        if applies:
+            raise ValueError(f"got several cores with {what}; needs a run without, because {reason}")

@@ -1,0 +1,156 @@
+"""The cores that hang on a model, by name, and running a model as one of them."""
+
+import keyword
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .base import DEFAULT_NAME, Core, Rank
+from .modules import unwrap
+
+# what core_mode exchanges: a core of other sizes has a configuration of its own, an adapter what PEFT notes
+_EXCHANGED = ("_modules", "_parameters", "_buffers", "config", "peft_config", "_hf_peft_config_loaded")
+# what logs, metrics and folders have under these names already
+_TAKEN = (
+    "full", "sum", "eval", "train", "test", "predict", "loss", "model", "samples", "steps", "runtime", "joint",
+    "training_state", "runs", "logs",
+)  # fmt: skip
+
+
+def get_cores(model: nn.Module) -> dict[str, Any]:
+    """Name -> core of a model, in the order in which they were added; empty for a model without one."""
+    return {value.name: value for value in vars(unwrap(model)).values() if isinstance(value, Core)}
+
+
+def has_core(model: nn.Module) -> bool:
+    """Whether `add_core` was called on the model."""
+    return bool(get_cores(model))
+
+
+def get_core(model: nn.Module, name: str | None = None) -> Any:
+    """The core of a model: a `Core`, of the class that its config made.
+
+    Args: `name` of one of several; None for the only one.
+
+    Raises: ValueError where the model has none, none of that name, or several and none is named.
+    """
+    cores = get_cores(model)
+    if not cores:
+        raise ValueError(
+            f"got a {type(model).__name__} without a core; needs one, because this runs or saves the core; "
+            "call add_core(model, LowRankCoreConfig(...)) first, or set --core low_rank"
+        )
+    if name is None and len(cores) == 1:
+        return next(iter(cores.values()))
+    if name not in cores:
+        raise ValueError(
+            f"got name={name!r} for a model with the cores {list(cores)}; needs one of them, because this is about one core; "
+            "set name="
+        )
+    return cores[name]
+
+
+def attach_core(model: PreTrainedModel, core: Core, name: str = DEFAULT_NAME) -> None:
+    """Make `core` the core of that name of `model`: a plain attribute `hf_masked_<name>`.
+
+    Raises: ValueError where another core has its folder.
+    """
+    folder = core.folder if name == DEFAULT_NAME else name
+    if folder in (other.folder for other in get_cores(model).values()):
+        raise ValueError(
+            f"got the core name {name!r}, whose export would lie in {folder}/ as another core's does; needs a folder of its own; "
+            "set another name"
+        )
+    core.name, core.folder = name, folder
+    setattr(model, f"hf_masked_{name}", core)
+
+
+@contextmanager
+def cores_apart(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model has no core, so that a copy of it has none either."""
+    held = {key: value for key, value in vars(model).items() if isinstance(value, Core)}
+    for key in held:
+        delattr(model, key)
+    try:
+        yield
+    finally:
+        vars(model).update(held)
+
+
+def check_name(name: str, others: dict[str, Any]) -> None:
+    """Refuse a name that metrics `eval_<name>_...`, log rows and a folder cannot have.
+
+    Args: `others`: the cores, by name, beside which it is to stand.
+
+    Raises: ValueError.
+
+    >>> check_name("small", {"core": None})
+    """
+    reasons = {
+        "a lower-case identifier of ASCII letters, digits and _": (
+            re.fullmatch(r"[a-z][a-z0-9_]*", name) is None or keyword.iskeyword(name),
+            "it is part of metrics, a folder and a line of Python",
+        ),
+        f"none of {_TAKEN}": (name in _TAKEN, "metrics, log rows and folders are called so already"),
+        f"none that begins one of {list(others)} or begins with one": (
+            any(f"{name}_".startswith(f"{other}_") or f"{other}_".startswith(f"{name}_") for other in others),
+            "their metrics would be mistaken for each other's",
+        ),
+    }
+    for rule, (applies, reason) in reasons.items():
+        if applies:
+            raise ValueError(f"got the core name {name!r}; needs {rule}, because {reason}; set another name")
+
+
+@contextmanager
+def core_mode(model: PreTrainedModel, rank: Rank | None = None, name: str | None = None) -> Iterator[PreTrainedModel]:
+    """Inside this context the model is its core: `forward`, `generate`, `save_pretrained`, `named_parameters`.
+
+    May be nested; the full network is back afterwards, also after an exception. Not for two threads at once: the
+    switch belongs to the model object, so a second thread would run whichever network the first one chose. Threads
+    that want both call `get_core(model).model` directly.
+
+    Args:
+        rank: run the part of that rank of a low-rank core, an int, or a fraction of min(in_features, out_features); what is
+            saved is the whole core, `extract_core(model, rank=...)` cuts it.
+        name: which of several cores.
+
+    Raises: ValueError without a core, or for a rank that it does not hold; RuntimeError when another thread is inside, or
+        inside another core.
+
+    Cost: none per layer; the model's tables of children are exchanged.
+    """
+    full = unwrap(model)
+    core = get_core(full, name)
+    if core.active_thread == threading.get_ident():
+        with core.at_rank(rank):
+            yield model
+        return
+    if core.active_thread is not None:
+        raise RuntimeError(
+            "got core_mode(model) from a second thread; needs one thread at a time, because the switch belongs to the "
+            "model object; call get_core(model).model(...) instead, which switches nothing"
+        )
+    if active := [other.name for other in get_cores(full).values() if other.active_thread is not None]:
+        raise RuntimeError(
+            f"got core_mode of {core.name!r} inside that of {active[0]!r}; needs one at a time, because the model is {active[0]!r} "
+            f"now, not the full network; leave it first, or call get_core(model, {core.name!r}).model(...)"
+        )
+    core.sync(full)
+    core.model.train(full.training)
+    theirs, mine = ({k: n.__dict__[k] for k in _EXCHANGED if k in n.__dict__} for n in (full, core.model))
+    core.active_thread = threading.get_ident()
+    full.__dict__.update(mine)
+    try:
+        with core.at_rank(rank):
+            yield model
+    finally:
+        full.__dict__.update(theirs)
+        for only_mine in mine.keys() - theirs.keys():
+            del full.__dict__[only_mine]
+        core.active_thread = None

@@ -1,0 +1,70 @@
+"""`--cores`: several cores of one model, each with its name, its kind and what is its own in training."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .cores import CORE_KINDS, CoreConfig, LowRankCoreConfig
+from .cores.attached import check_name
+from .typed import json_object
+
+# what may differ from core to core, by the names of the flags (and of ride_along's options) that say it for all
+OWN = ("core_updates", "start", "core_learning_rate_scale", "distill_weight")
+
+
+@dataclass(frozen=True)
+class NamedCore:
+    """What is said of one core.
+
+    Args:
+        config: what it is.
+        own: some of `OWN` -> its value for this core.
+    """
+
+    config: CoreConfig
+    own: dict[str, Any]
+
+
+def parse_cores(given: dict[str, Any] | str) -> dict[str, NamedCore]:
+    """Name -> what is said of the core, from `{name: {"kind": ..., option: value}}` as a dict or as JSON.
+
+    Args: `given`: the options are those of the kind's config and `OWN`; kind is low_rank unless it is said.
+
+    Raises: ValueError for what is no such object, an unknown kind or option, a value out of range, or a name that metrics
+        and folders cannot have.
+
+    >>> parse_cores('{"small": {"rank": 8, "core_updates": 2}}')["small"].own
+    {'core_updates': 2}
+    """
+    cores = json_object(given, "cores", '{"small": {"kind": "low_rank", "rank": 0.125}, "shallow": {"kind": "depth"}}')
+    if not cores or not all(isinstance(values, Mapping) for values in cores.values()):
+        raise ValueError(
+            f"got cores={given!r}; needs at least one core, each with an object of options, because that is what they are made "
+            "of; set --cores"
+        )
+    parsed: dict[str, NamedCore] = {}
+    for name, values in cores.items():
+        check_name(name, parsed)
+        try:
+            parsed[name] = _parse_core(values)
+        except ValueError as error:
+            raise ValueError(f"of the core {name!r} in --cores: {error}") from None
+    return parsed
+
+
+def _parse_core(values: Mapping[str, Any]) -> NamedCore:
+    options = dict(values)
+    kind = options.pop("kind", LowRankCoreConfig.kind)
+    if kind not in CORE_KINDS:
+        raise ValueError(f"got kind={kind!r}; needs one of {list(CORE_KINDS)}")
+    own = {option: options.pop(option) for option in OWN if option in options}
+    for option, value in own.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"got {option}={value!r}; needs a number")
+    if not 0 < own.get("core_learning_rate_scale", 1) < math.inf:
+        raise ValueError(
+            f"got core_learning_rate_scale={own['core_learning_rate_scale']}; needs a finite number > 0, because it multiplies "
+            "the learning rate of the core's updates"
+        )
+    return NamedCore(CORE_KINDS[kind].from_dict(options), own)
