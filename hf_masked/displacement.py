@@ -1,4 +1,4 @@
-"""Takes gradients at x + dx and leaves no trace: parameters come back by copy, what had been accumulated is put back."""
+"""Takes gradients at x + dx and leaves no trace: parameters come back, and what had been accumulated is put back."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +13,9 @@ Tensors = Mapping[str, torch.Tensor]
 def displaced(parameters: Mapping[str, nn.Parameter], rule: Callable[[Tensors], Tensors]) -> Iterator[None]:
     """Inside, the parameters are x + dx with dx = rule(x); afterwards they are x again, bit for bit.
 
+    On a processor x + dx is made beside x and takes its place for as long; elsewhere others may know a parameter by where it
+    lies (graphs that were captured, shards), so x is copied, and copied back.
+
     Raises: ValueError where dx names a parameter that is not there.
 
     Cost: one copy of the parameters that are displaced.
@@ -25,14 +28,36 @@ def displaced(parameters: Mapping[str, nn.Parameter], rule: Callable[[Tensors], 
     try:
         with torch.no_grad():
             for name in list(deltas):
-                saved[name] = parameters[name].detach().clone()
                 # freed one by one: a displacement and the copy it forces are not both held
-                parameters[name].add_(deltas.pop(name))
+                saved[name] = _displace(parameters[name], deltas.pop(name))
         yield
     finally:
         with torch.no_grad():
             for name, value in saved.items():
-                parameters[name].copy_(value)
+                _put_back(parameters[name], value)
+
+
+def _displace(parameter: nn.Parameter, delta: torch.Tensor) -> torch.Tensor:
+    """Let a parameter be x + dx; returns x."""
+    if _moves(parameter):
+        x = parameter.data
+        parameter.data = torch.add(x, delta.expand_as(x), out=torch.empty_like(x))
+        return x
+    x = parameter.detach().clone()
+    parameter.add_(delta)
+    return x
+
+
+def _put_back(parameter: nn.Parameter, x: torch.Tensor) -> None:
+    if _moves(parameter):
+        parameter.data = x
+    else:
+        parameter.copy_(x)
+
+
+def _moves(parameter: nn.Parameter) -> bool:
+    """Whether another tensor may take its place."""
+    return parameter.device.type == "cpu" and type(parameter) is nn.Parameter
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from .apply import MaskValues, Parameters
 from .masks.entries import indices_of
 from .types import StatePolicy
 
+# what moves no entry that is zero in the parameter, its gradient and its state
+KEEP_ZERO = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 # the share of a tensor's entries up to which stepping them apart is cheaper than stepping the tensor and putting back
 FEW = 1 / 2
 
@@ -24,6 +26,7 @@ class StepMask:
         parameters, mask: by name.
         state_policy, offload_state: as of `Phase`.
         rates: factors of the learning rate, by name.
+        zero: whether parameters and gradients are zero where they are held, and their state after a step that holds them.
     """
 
     parameters: Parameters
@@ -31,6 +34,7 @@ class StepMask:
     state_policy: StatePolicy = "freeze"
     offload_state: bool = False
     rates: Mapping[str, float] = field(default_factory=dict)
+    zero: bool = False
 
 
 class Room:
@@ -87,7 +91,7 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
         for parameter, kept in partly.items():
             if parameter.grad is None:
                 continue
-            entries = _entries(optimizer, parameter, policy != "decay")
+            entries = entries_of(optimizer, parameter, policy != "decay")
             here = kept.expand(parameter.shape)
             apart = policy != "decay" and len(entries) > 1 and parameter.is_contiguous()
             if apart and int(here.count_nonzero()) <= FEW * parameter.numel():
@@ -106,9 +110,9 @@ def _held(
     at = indices_of(~kept)
     if policy == "decay" and parameter.grad is not None:
         _put(parameter.grad, at, 0.0)
-    before = room.take(parameter, _entries(optimizer, parameter, policy == "freeze"), at)
+    before = room.take(parameter, entries_of(optimizer, parameter, policy == "freeze"), at)
     yield
-    for key, now in _entries(optimizer, parameter, policy != "decay").items():
+    for key, now in entries_of(optimizer, parameter, policy != "decay").items():
         _put(now, at, before.get(key, 0.0))
 
 
@@ -119,7 +123,7 @@ def _only(
     """Let the optimizer step the kept entries alone, as a vector in the tensor's place."""
     at = indices_of(kept)
     whole, gradient, state = parameter.data, parameter.grad, optimizer.state[parameter]
-    wholes = {key: value for key, value in _entries(optimizer, parameter, with_state=True).items() if key}
+    wholes = {key: value for key, value in entries_of(optimizer, parameter, with_state=True).items() if key}
     apart = room.take(parameter, {"": whole, **wholes}, at)
     parameter.grad = None
     parameter.data = apart.pop("")
@@ -147,7 +151,7 @@ def _put(tensor: torch.Tensor, at: torch.Tensor, values: torch.Tensor | float) -
         tensor.copy_(flat.view(tensor.shape))
 
 
-def _entries(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, with_state: bool) -> dict[str, torch.Tensor]:
+def entries_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, with_state: bool) -> dict[str, torch.Tensor]:
     """The parameter and its per-entry state.
 
     Raises: ValueError where some of the state is neither per entry nor one number.
@@ -204,6 +208,7 @@ class MaskedSteps:
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self._wanted: StepMask | None = None
+        self._held_zero: MaskValues = {}
         self._room = Room()
         self._open = ExitStack()
         optimizer.register_step_pre_hook(self._enter)
@@ -215,4 +220,12 @@ class MaskedSteps:
 
     def _enter(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._wanted is not None:
-            self._open.enter_context(masked_step(optimizer, self._wanted, self._room))
+            self._open.enter_context(masked_step(optimizer, self._to_hold(optimizer, self._wanted), self._room))
+
+    def _to_hold(self, optimizer: torch.optim.Optimizer, wanted: StepMask) -> StepMask:
+        """Without the masks that the last step has held to already, where what they hold stays zero by itself."""
+        before, self._held_zero = self._held_zero, {}
+        if not wanted.zero or type(optimizer) not in KEEP_ZERO:
+            return wanted
+        self._held_zero = wanted.mask
+        return replace(wanted, mask={n: kept for n, kept in wanted.mask.items() if kept is not before.get(n)})

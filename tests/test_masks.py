@@ -32,15 +32,21 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("density", [1e-9, 0.1, 0.5, 0.97, 1.0])
 def test_exactly_k_of_the_largest(density: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    # the last two mislead a sample of every second entry: all of the large ones, and none of them
-    odd = torch.arange(20000) % 2
-    many = torch.randn(20000, generator=generator)
-    for g in [*tensors().values(), torch.zeros(7), torch.ones(3, 3), many, many * odd, many * (1 - odd)]:
+    # of many entries every twelfth is looked at first; the last two mislead it: all of the large ones, and none of them
+    many, at = torch.randn(200_000, generator=generator), torch.arange(200_000) % 12 == 0
+    for g in [*tensors().values(), torch.zeros(7), torch.ones(3, 3), torch.ones(200_000), many, many * at, many * ~at]:
         count = kept_count(density, g.numel())
         kept = largest(g.abs(), count)
         assert kept.sum() == count == max(1, round(density * g.numel()))
         if count < g.numel():
             assert g.abs()[kept].min() >= g.abs()[~kept].max()
+
+
+def test_a_number_that_is_none_is_among_the_largest() -> None:
+    """So that it is seen, wherever a bound on the largest comes from."""
+    for rest in (torch.zeros(200_000), torch.rand(200_000)):
+        rest[5::20_000] = torch.nan
+        assert rest[largest(rest, 20_000)].isnan().sum() == 10
 
 
 def test_global_scope_selects_over_all_tensors() -> None:

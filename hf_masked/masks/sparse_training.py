@@ -175,8 +175,8 @@ class DynamicSparsity:
         period = info.step // self.every
         if period > self._period and info.step < self.until * info.max_steps:
             present = {n: self._redraw(n, info, m, parameters[n], gradients[n]) for n, m in present.items()}
-            self.masks |= present
             self._period, self._changed = period, True
+        self.masks |= present
         return present
 
     def _redraw(

@@ -5,10 +5,20 @@ import torch
 from ..types import StepInfo
 
 
-def uniform(info: StepInfo, like: torch.Tensor, *names: str, shape: torch.Size | None = None) -> torch.Tensor:
-    """float32 numbers in [0, 1) of the tensor's shape, drawn where it lies: each kind of device has its own numbers."""
-    generator = torch.Generator(like.device).manual_seed(info.random_seed(*names))
-    return torch.rand(like.shape if shape is None else shape, generator=generator, device=like.device)
+def bernoulli(
+    info: StepInfo, device: torch.device, shape: torch.Size, probability: float, *names: str
+) -> torch.Tensor:
+    """True with a probability in (0, 1], rounded to a multiple of 2^-16 that is at least that; each kind of device has its own draws.
+
+    >>> bernoulli(StepInfo(0, 1), torch.device("cpu"), torch.Size([2]), 1.0, "w").tolist()
+    [True, True]
+    """
+    generator = torch.Generator(device).manual_seed(info.random_seed(*names))
+    # 16 bits an entry are a quarter of the draws that 64 would take, which are what this costs
+    words = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64, device=device)
+    words.random_(-(2**63), None, generator=generator)
+    level = max(1, round(probability * 2**16)) - 2**15 - 1
+    return (words.view(torch.int16)[: shape.numel()] <= level).view(shape)
 
 
 def normal(info: StepInfo, like: torch.Tensor, *names: str) -> torch.Tensor:

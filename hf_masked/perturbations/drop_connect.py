@@ -8,7 +8,7 @@ import torch
 from ..types import StepInfo
 from ..values import Spec, make_value
 from .chosen import check_pattern, matrices
-from .draws import uniform
+from .draws import bernoulli
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -23,7 +23,7 @@ class DropConnect:
             tokens of the update.
         pattern: regular expression of the parameters; None: every matrix, embeddings included.
 
-    Cost: one draw and one copy of the matrices per microbatch.
+    Cost: one draw and a byte an entry per update, one copy of the matrices per microbatch.
 
     Source: Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of Neural Networks using DropConnect", ICML 2013; units:
     Srivastava et al., "Dropout", JMLR 2014.
@@ -39,6 +39,8 @@ class DropConnect:
     def __post_init__(self) -> None:
         self.keep = self._keep = make_value(self.keep, "keep", 0, 1, above=True)
         check_pattern(self.pattern)
+        self._drawn: dict[str, torch.Tensor] = {}
+        self._drawn_for: tuple[int, int, int] | None = None
         if self.structure not in ("entries", "inputs"):
             raise ValueError(
                 f"got structure={self.structure!r}; needs 'entries' or 'inputs'; set it in --method_config"
@@ -47,14 +49,23 @@ class DropConnect:
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
         keep, deltas = self._keep(info), {}
         for name, p in matrices(parameters, self.pattern).items():
-            deltas[name] = p * (self._kept(info, name, p, keep).to(p.dtype) / keep - 1)
+            stay, leave = p.new_tensor(1 / keep - 1), p.new_tensor(-1)
+            factor = torch.where(self._kept(info, name, p, keep), stay, leave)
+            deltas[name] = factor.mul_(p) if factor.shape == p.shape else factor * p
         return deltas
 
     def mask(self, info: StepInfo, gradients: Tensors) -> Tensors:
         """p[t]: the same draw, as a mask of gradients."""
         keep = self._keep(info)
-        return {n: self._kept(info, n, g, keep) for n, g in matrices(gradients, self.pattern).items()}
+        masks = {n: self._kept(info, n, g, keep) for n, g in matrices(gradients, self.pattern).items()}
+        self._drawn.clear()
+        return masks
 
     def _kept(self, info: StepInfo, name: str, like: torch.Tensor, keep: float) -> torch.Tensor:
-        shape = like.shape if self.structure == "entries" else torch.Size([1, *like.shape[1:]])
-        return uniform(info, like, "drop_connect", name, shape=shape) < keep
+        if self._drawn_for != (info.seed, info.step, info.update):
+            self._drawn.clear()
+            self._drawn_for = info.seed, info.step, info.update
+        if name not in self._drawn:
+            shape = like.shape if self.structure == "entries" else torch.Size([1, *like.shape[1:]])
+            self._drawn[name] = bernoulli(info, like.device, shape, keep, "drop_connect", name)
+        return self._drawn[name]
