@@ -9,7 +9,7 @@ _CPU_ENTRIES, _ACCELERATOR_ENTRIES = 2**18, 2**26
 
 
 def top_k_and_rest(
-    logits: torch.Tensor, k: int, temperature: float
+    logits: torch.Tensor, k: int, temperature: float, entries: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The k largest of z = logits / T, their classes, and log(sum of exp z_c over all other classes c).
 
@@ -17,6 +17,7 @@ def top_k_and_rest(
         logits: (..., classes), any floating dtype.
         k: 1 <= k < classes.
         temperature: T > 0.
+        entries: of the logits worked on at once, >= 1; None: what suits the device.
 
     Returns: values (..., k) float32 in no particular order, indices (..., k) int64, rest (...) float32; rest is -inf
         where the others vanish beside the largest.
@@ -29,7 +30,8 @@ def top_k_and_rest(
     """
     shape, classes = logits.shape[:-1], logits.shape[-1]
     rows = logits.reshape(-1, classes)
-    entries = _CPU_ENTRIES if rows.device.type == "cpu" else _ACCELERATOR_ENTRIES
+    if entries is None:
+        entries = _CPU_ENTRIES if rows.device.type == "cpu" else _ACCELERATOR_ENTRIES
     values = torch.empty(len(rows), k, device=rows.device)
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
     rest = torch.empty(len(rows), device=rows.device)
