@@ -12,6 +12,7 @@ They bound the decrease of an L-smooth loss where dx and p are fixed before the 
 gradient, displacements by the same batch's gradient, momentum and Adam break that premise: measurements, no guarantee.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,10 +27,16 @@ MaskValues = Mapping[str, torch.Tensor | bool]
 
 @dataclass
 class Measure:
-    """The measurement of one update: takes g microbatch by microbatch, then compares what is about to be stepped."""
+    """The measurement of one update: takes g microbatch by microbatch, then compares what is about to be stepped.
+
+    Args:
+        gradient: g so far, by name.
+        displaced, at: |dx|^2 and the |x|^2 that it was made at, summed over microbatches and networks.
+    """
 
     gradient: dict[str, torch.Tensor] = field(default_factory=dict)
-    relative_perturbation: float = 0.0
+    displaced: float = 0.0
+    at: float = 0.0
 
     def add(self, gradients: Tensors, share: float) -> None:
         """Add a microbatch's gradient at x, `share` of the update's."""
@@ -42,8 +49,8 @@ class Measure:
 
         def measured(parameters: Tensors) -> Tensors:
             deltas = rule(parameters)
-            size = _norm([parameters[name] for name in deltas])
-            self.relative_perturbation = float(_norm(list(deltas.values())) / size.clamp_min(1e-30))
+            self.displaced += float(_energy(list(deltas.values())))
+            self.at += float(_energy([parameters[name] for name in deltas]))
             return deltas
 
         return measured
@@ -64,7 +71,7 @@ class Measure:
             "captured_energy": _ratio(kept, whole),
             "drift_ratio": _ratio(drift.sqrt(), kept.sqrt()),
             "gradient_alignment": _ratio(product, (own * whole).sqrt()),
-            "relative_perturbation": self.relative_perturbation,
+            "relative_perturbation": math.sqrt(self.displaced / self.at) if self.at else 0.0,
         }
 
     def shares(self, masks: Sequence[MaskValues]) -> dict[str, float]:
@@ -134,8 +141,8 @@ def _square(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.square().sum(dtype=torch.float64).cpu()
 
 
-def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([_square(t.float()) for t in tensors]).sum().sqrt() if tensors else torch.zeros(())
+def _energy(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([_square(t.float()) for t in tensors]).sum() if tensors else torch.zeros(())
 
 
 def _ratio(above: torch.Tensor, below: torch.Tensor) -> float:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .core_run import CoreRun
     from .cores import Core
     from .diagnostics import Coverage
+    from .distributed import SubnetWorkers
     from .forward_pass import ForwardPass, UpdateStep
     from .masked_optimizer import MaskedSteps
     from .meters import LossMeter
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         _skipped: SkippedSteps
         _audit: Audit | None
         _coverage: Coverage
+        _workers: SubnetWorkers | None
 
         def _the_core(self) -> Core: ...
 
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
         def _now(self) -> UpdateStep: ...
 
         def _mean_over_processes(self, value: torch.Tensor) -> torch.Tensor: ...
+
+        def _on_any_process(self, found: bool) -> bool: ...
 
         def _trained(self, phase: Phase) -> dict[str, nn.Parameter]: ...
 

@@ -8,7 +8,7 @@ per microbatch:  g1 = gradient at x        nothing accumulated, nothing communic
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -88,7 +88,7 @@ class SecondPassMixin(ForwardPassMixin):
             if getattr(rule, "fresh_batch", False):
                 inputs = self._fresh_batch(info)
             under_way = ForwardPass(phase, network, teaching, first=True)
-            gradients = self._first_gradient(model, inputs, num_items, under_way)
+            gradients = self._first_gradient(model, inputs, num_items, under_way, self._trained(phase))
             given = partial(cast(GradientPerturbation, rule), info, gradients=gradients)
             del gradients
         if (measure := self._now().measure) is not None:
@@ -99,10 +99,15 @@ class SecondPassMixin(ForwardPassMixin):
             yield
 
     def _first_gradient(
-        self, model: nn.Module, inputs: Any, num_items: Any, under_way: ForwardPass
+        self,
+        model: nn.Module,
+        inputs: Any,
+        num_items: Any,
+        under_way: ForwardPass,
+        parameters: Mapping[str, nn.Parameter],
     ) -> dict[str, torch.Tensor]:
-        """The gradient of this microbatch's loss at x, without a trace: the next pass draws the same random numbers."""
-        parameters = self._trained(under_way.phase)
+        """The gradient of this microbatch's loss by `parameters` at x, without a trace: the next pass draws the same random
+        numbers."""
         with (
             random_state_kept(self.args.device),
             self._host_metrics_apart(),
@@ -151,6 +156,8 @@ class SecondPassMixin(ForwardPassMixin):
         parameters = self._trained(phase)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+        if self._workers is not None:  # whose gradients are not reduced
+            finite = not self._on_any_process(not finite)
         self._drop_unless(finite, phase)
         return not finite
 
@@ -179,17 +186,13 @@ class SecondPassMixin(ForwardPassMixin):
 
 
 def refuse_phases(trainer: Any, phases: tuple[Phase, ...]) -> None:
-    """Refuse, before any training, fresh batches from data without an index, and a backward of its own under compilation.
+    """Refuse, before any training, fresh batches from data without an index, a backward of its own under compilation, and
+    subnets of what cannot be dealt out.
 
     Raises: ValueError.
     """
-    if any(isinstance(phase.perturbation, Subnets) for phase in phases) and (
-        has_core(trainer.model) or trainer.args.world_size > 1
-    ):
-        raise ValueError(
-            "got the method ist with a core or several processes; needs a run with neither, because cores have parts of their "
-            "own, and gradients are averaged over processes in every update; set another --method"
-        )
+    if any(isinstance(phase.perturbation, Subnets) for phase in phases):
+        _refuse_subnets(trainer)
     dataset = trainer.train_dataset
     fresh = any(getattr(phase.perturbation, "fresh_batch", False) for phase in phases)
     if fresh and dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
@@ -202,3 +205,15 @@ def refuse_phases(trainer: Any, phases: tuple[Phase, ...]) -> None:
             "got a backward of its own with --torch_compile; needs a run without, because layers exchange their forward in "
             "every update, and each exchange would compile anew; drop one of them"
         )
+
+
+def _refuse_subnets(trainer: Any) -> None:
+    scaled = trainer.args.fp16 and trainer.args.world_size > 1
+    for applies, what, reason in (
+        (has_core(trainer.model), "a core", "cores have parts of their own"),
+        (scaled, "--fp16 and several processes", "each would have a loss scale of its own"),
+    ):
+        if applies:
+            raise ValueError(
+                f"got the method ist with {what}; needs a run without, because {reason}; set another --method"
+            )

@@ -21,6 +21,7 @@ from .cores import Core, add_core, get_core, get_cores, has_core
 from .diagnostics import Coverage
 from .diagnostics_report import DiagnosticsReport
 from .distillation import YieldingWeight
+from .distributed import DistributedMixin
 from .export import check_free, check_writable
 from .loss_scale import own_scaler
 from .masked_optimizer import MaskedSteps
@@ -48,7 +49,7 @@ from .types import Network, StepInfo
 from .update_step import UpdateStepMixin
 
 
-class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin):
+class MaskedTrainerMixin(UpdateStepMixin, DistributedMixin, JointReportingMixin, JointSavingMixin):
     """Joint training of a full network and its core, for any `Trainer`: `class Mine(MaskedTrainerMixin, SFTTrainer)`.
 
     Args:
@@ -70,12 +71,12 @@ class MaskedTrainerMixin(UpdateStepMixin, JointReportingMixin, JointSavingMixin)
         self._coverage = Coverage()
         self._begin_run(buffer=0)
         self._give_core(plan)
-        self._audit = Audit() if getattr(args, "audit", False) else None
+        self._audit = Audit(self._on_any_process) if getattr(args, "audit", False) else None
         if getattr(args, "diagnostics_steps", 0):
             self.add_callback(DiagnosticsReport(self._coverage))
         refuse_phases(self, (self.plan.full, *(run.phase for run in self._cores)))
         if isinstance(rule := self.plan.full.perturbation, Subnets):
-            rule.bind(self.model)
+            rule.bind(self.model, self.args.process_index, self.args.world_size)
 
     def _begin_run(self, buffer: int) -> None:
         """Forget what an earlier run has seen; keep `buffer` batches of the coming one."""

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from .apply import hold_still, mask_update, release, zero_outside
-from .compressed_reduction import CompressedReduction
-from .cores import get_core, split
+from .cores import split
 from .distillation import Teaching
 from .forward_pass import ForwardPass, UpdateStep
 from .loss_scale import unscale, unscaled, use_scaler_of
@@ -86,19 +85,10 @@ class UpdateStepMixin(WatchedStepMixin):
         self._step = step = UpdateStep(
             info, self.plan.phases(info)[0], [(run, phases) for run, phases in rides if phases]
         )
-        self._compress_reductions()
         if self._joint:
             self._take_turn(step, inputs)
-        self._begin_watch(step.phase)
+        self._begin_watch()
         self._hold_still(step.phase)
-
-    def _compress_reductions(self) -> None:
-        """Hand the reduction of gradients over to the rules that make it, once the networks are wrapped."""
-        wrapped = [(self.plan.full, self.model_wrapped, self.model)]
-        wrapped += [(run.phase, run.wrapped, get_core(self.model, run.name).model) for run in self._cores]
-        for phase, network, model in wrapped:
-            if isinstance(phase.grad_mask, CompressedReduction):
-                phase.grad_mask.attach(network, dict(model.named_parameters()), lambda: self._now().info)
 
     def _take_turn(self, step: UpdateStep, inputs: Any) -> None:
         """Split the cores that this step asks for, and let the network that is trained step its own optimizer.
@@ -188,8 +178,13 @@ class UpdateStepMixin(WatchedStepMixin):
         if phase.update_mask is not None:
             rates = getattr(phase.update_mask, "rates", None)
             factors = {} if rates is None else rates(step.info, parameters)
+            wanted = StepMask(
+                parameters, update_mask, phase.state_policy, phase.offload_state, factors, zero=_holds_zeros(phase)
+            )
             for steps in self._masked_steps:
-                steps.obey(StepMask(parameters, update_mask, phase.state_policy, phase.offload_state, factors))
+                steps.obey(wanted)
+        if self._workers is not None:
+            self._workers.trained(step.info)
         self._watch_update(phase, grad_mask, update_mask)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -299,3 +294,9 @@ class UpdateStepMixin(WatchedStepMixin):
         if self.args.lr_curve == "per_phase" and not core.optimizer.step_was_skipped:
             core.scheduler.step()
         self.core_model.zero_grad()
+
+
+def _holds_zeros(phase: Phase) -> bool:
+    """Whether what the phase's mask holds still is zero, and so are its gradient and its moments."""
+    one = phase.grad_mask is phase.update_mask
+    return one and phase.state_policy == "reset" and hasattr(phase.update_mask, "support")

@@ -19,11 +19,11 @@ from .types import Phase
 class WatchedStepMixin(SecondPassMixin):
     """The part of an update step that measures it, every `diagnostics_steps` update steps, and audits it."""
 
-    def _begin_watch(self, phase: Phase) -> None:
-        """Measure the update step that begins, where its turn has come; "sum" has two gradients and none of its own."""
+    def _begin_watch(self) -> None:
+        """Measure the update step that begins, where its turn has come."""
         every = getattr(self.args, "diagnostics_steps", 0)
         step = self._now()
-        if every and step.info.step % every == 0 and phase.network != "sum":
+        if every and step.info.step % every == 0:
             step.measure = Measure()
 
     def _audited(self, phase: Phase) -> AbstractContextManager[None]:
@@ -34,16 +34,15 @@ class WatchedStepMixin(SecondPassMixin):
     def _watch_microbatch(
         self, model: nn.Module, inputs: Any, num_items: Any, phase: Phase, network: str, teaching: Teaching | None
     ) -> None:
-        """Take this microbatch's exact gradient at x."""
-        measure = self._now().measure
-        if measure is None:
+        """Take this microbatch's exact gradient at x; in a "sum" update that of the one loss, then that of the other."""
+        step = self._now()
+        if step.measure is None:
             return
         exact = ForwardPass(replace(phase, backward=None), network, teaching, first=True)
-        measure.add(
-            self._first_gradient(model, inputs, num_items, exact), 1 / self.current_gradient_accumulation_steps
-        )
-        if self._joint:
-            self._now().gaps = self._core_full_gaps(inputs)
+        gradients = self._first_gradient(model, inputs, num_items, exact, self._trained(step.phase))
+        step.measure.add(gradients, 1 / self.current_gradient_accumulation_steps)
+        if self._joint and not (network == "core" and step.phase.network == "sum"):
+            step.gaps = self._core_full_gaps(inputs)
 
     def _core_full_gaps(self, inputs: Any) -> dict[str, float]:
         """The mean label loss of each core minus the full network's on a microbatch, with the same random numbers."""
@@ -73,8 +72,10 @@ class WatchedStepMixin(SecondPassMixin):
             return
         stepped = stepped_gradients(parameters, update_mask)
         # what a backward of its own leaves out is known from the gradient alone
-        kept = {n: g != 0 for n, g in stepped.items()} if phase.backward is not None else {}
-        step.measure.gradient = {n: self._mean_over_processes(g) for n, g in step.measure.gradient.items()}
+        made_by = (phase, self._core.phase) if phase.network == "sum" else (phase,)
+        kept = {n: g != 0 for n, g in stepped.items()} if any(p.backward is not None for p in made_by) else {}
+        if self._workers is None:  # who train with gradients of their own
+            step.measure.gradient = {n: self._mean_over_processes(g) for n, g in step.measure.gradient.items()}
         masks = (grad_mask, update_mask, kept)
         step.row = step.measure.compare(stepped, masks) | self._coverage.read(
             step.info.step, step.measure.shares(masks)

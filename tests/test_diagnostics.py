@@ -11,12 +11,13 @@ import pytest
 import torch
 from common import difference, fit, rows, tiny, values
 from test_template import LR, dense_loss, train
+from transformers import default_data_collator
 
-from hf_masked import MaskedTrainer, Phase, Plan, StepInfo
+from hf_masked import LowRankCoreConfig, MaskedTrainer, Phase, Plan, StepInfo, add_core, get_core
 from hf_masked.audit import checksum
 from hf_masked.diagnostics import Coverage
 from hf_masked.reference import autograd_gradient, partial_sgd_step
-from hf_masked.schedules import FullOnly
+from hf_masked.schedules import FullOnly, Sum
 
 Values = Mapping[str, torch.Tensor]
 
@@ -67,6 +68,46 @@ def test_measures_are_their_definitions(tmp_path: Path) -> None:
             assert row["drift_ratio"] > 0.01 and row["captured_energy"] < 0.9
             assert row["coverage_age_max"] == 0
         x = partial_sgd_step(x, gradient, LR, dx, p)
+
+
+@pytest.mark.parametrize("coupling", ["free", "shared"])
+def test_a_sum_update_is_measured_as_one(coupling: str, tmp_path: Path) -> None:
+    """Against g = grad(loss of the full + 0.5 loss of the core) and its masked, half displaced step; the full's gradient alone
+    has other figures."""
+    model = add_core(tiny("opt").double(), LowRankCoreConfig(rank=4, coupling=coupling))
+    core, batches = get_core(model).model, []
+    own = {f"core.{n}": p for n, p in core.named_parameters() if all(p is not q for q in model.parameters())}
+    parameters = dict(model.named_parameters()) | own
+    x = {n: p.detach().clone() for n, p in parameters.items()}
+
+    def collate(examples: list[Any]) -> Any:
+        batches.append(default_data_collator(examples))
+        return batches[-1]
+
+    plan = Plan(Sum(), Phase("full", noise, grad_mask=half), Phase("core", loss_weight=0.5))
+    options = {"plan": plan, "data_collator": collate}
+    trainer = fit(tmp_path, model, max_steps=1, diagnostics_steps=1, trainer_options=options)
+    (row,) = (row for row in trainer.state.log_history if "captured_energy" in row)
+
+    def gradient(network: Any, weight: float, dx: Values) -> torch.Tensor:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.grad = None
+                p.copy_(x[name] + dx.get(name, 0))
+        (weight * network(**batches[0]).loss).backward()
+        return flat({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()})
+
+    info = StepInfo(0, 1)
+    dx, p = noise(info, x), flat(half(info, x))
+    g = gradient(model, 1.0, {}) + gradient(core, 0.5, {})
+    stepped = p * (gradient(model, 1.0, dx) + gradient(core, 0.5, {}))
+    assert abs(row["captured_energy"] - float((p * g).norm() ** 2 / g.norm() ** 2)) < 1e-5
+    assert abs(row["drift_ratio"] - float((stepped - p * g).norm() / (p * g).norm())) < 1e-5
+    assert abs(row["gradient_alignment"] - float(stepped @ g / stepped.norm() / g.norm())) < 1e-5
+    assert abs(row["relative_perturbation"] - float(flat(dx).norm() / flat(x).norm())) < 1e-5
+    alone = gradient(model, 1.0, {})
+    assert abs(row["captured_energy"] - float((p * alone).norm() ** 2 / alone.norm() ** 2)) > 1e-4
+    assert "core_full_gap" in row and row["coverage_age_max"] == 0
 
 
 def watched(folder: Path, **changes: Any) -> Any:

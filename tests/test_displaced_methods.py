@@ -22,7 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dropout": {"keep": 0.8, "pattern": "layers"},
     "layer_drop": {"keep": 0.5},
     "ist": {"every": 1},
-    "dpf": {"sparsity": 0.5},
+    # the checkpoint lies between two choices
+    "dpf": {"sparsity": 0.5, "every": 3},
     "quantize": {"to": "int4"},
     "binary_connect": {},
     "meprop": {"k": 0.25},

@@ -103,31 +103,41 @@ def layer_drop(keep: Spec = 0.9) -> Method:
     return Method(backward=rule, grad_mask=mask, update_mask=mask)
 
 
-def ist(parts: int = 2, every: int = 10) -> Method:
-    """Independent subnet training: neurons and heads are dealt out to workers, who train their own subnet in turn.
+def ist(parts: int | None = None, every: int = 10) -> Method:
+    """Independent subnet training: neurons and heads are dealt out to workers, each of whom trains its own subnet.
 
-    (dx, p) = (-(1 - m_w) x, m_w), m_w a partition over workers w. Yuan et al. 2019. One process: worker (t // every) mod `parts`
-    has its turn in step t, and when all had theirs the units are dealt out anew; several processes are refused. One pass;
+    (dx, p) = (-(1 - m_w) x, m_w), m_w a partition over workers w. Yuan et al. 2019 (`every` is their number of local steps). With several
+    processes each is a worker: no gradient travels; every `every` steps each sends its own part, with its moments,
+    what belongs to all is averaged, and the units are dealt out anew. A checkpoint or an evaluation in between puts
+    together too, which averages earlier. One process: worker (t // every) mod `parts` (2) has its turn in step t. One pass;
     memory: one copy of the partitioned tensors. Nothing saved. Heads are dealt out where the config tells their size
     (head_dim, d_kv), whole groups of grouped queries; elsewhere attention belongs to all. Known: no faster here, since what
-    is switched off is multiplied as zeros; costs accuracy per step. Deviation: what belongs to all is trained in every turn.
+    is switched off is multiplied as zeros; costs accuracy per step. Deviations: what belongs to all is trained by every worker;
+    one number per step travels, whether a gradient was not finite, so that all skip alike.
     """
-    check_count("parts", parts, least=2)
+    if parts is not None:
+        check_count("parts", parts, least=2)
     check_count("every", every)
     rule = Subnets(parts, every)
     mask = rule.mask
     return Method(rule, grad_mask=mask, update_mask=mask)
 
 
-def dpf(sparsity: Spec = 0.9, scope: str = "global", structure: str = "entries", pattern: str | None = None) -> Method:
+def dpf(
+    sparsity: Spec = 0.9,
+    scope: str = "global",
+    structure: str = "entries",
+    pattern: str | None = None,
+    every: int = 16,
+) -> Method:
     """Dynamic pruning with feedback: the gradient of the pruned network trains the dense one.
 
-    (dx, p) = (-(1 - m(x)) x, 1), m(x) the largest magnitudes. Lin et al. 2020 (90 %, rising as a cubic; mask every 16 steps, here
-    every step). `structure` "rows" or n:m such as "2:4" (Zhou et al. 2021); "entries" otherwise. One pass; memory: two copies
-    of the matrices while the threshold is found, one after. Nothing saved. The saved model is the dense one: prune it the
-    same way to get what was trained. Known: sparsity from the first step on hurts; pass a schedule.
+    (dx, p) = (-(1 - m(x)) x, 1), m(x) the largest magnitudes, chosen anew `every` steps. Lin et al. 2020 (90 %, rising as a cubic;
+    16 steps). `structure` "rows" or n:m such as "2:4" (Zhou et al. 2021); "entries" otherwise. One pass; memory: two copies
+    of the matrices while the threshold is found, one after, and the mask, saved in checkpoints. The saved model is the dense
+    one: prune it the same way to get what was trained. Known: sparsity from the first step on hurts; pass a schedule.
     """
-    return Method(Prune(sparsity, scope, structure, pattern))
+    return Method(Prune(sparsity, scope, structure, pattern, every))
 
 
 def quantize(to: str = "int8", per_channel: bool = True, pattern: str | None = None) -> Method:

@@ -16,7 +16,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass
 class Prune:
-    """dx = -(1 - m(x)) (.) x with m(x) = 1 on the largest magnitudes, chosen anew in every update.
+    """dx = -(1 - m) (.) x with m = 1 on the largest magnitudes, chosen anew every `every` update steps.
 
     Args:
         sparsity: fraction in [0, 1) of the matrices' entries (or rows) that is zero, or its schedule.
@@ -24,14 +24,15 @@ class Prune:
         structure: "entries"; "rows": whole rows by their norm; "n:m", such as "2:4": the n largest of m entries in a
             row stay, which fixes the sparsity.
         pattern: regular expression of the parameters; None: every matrix, embeddings included.
+        every: update steps that a choice holds for, >= 1; with 1 it is made anew in every microbatch.
 
-    Cost: one copy of the matrices, and with scope "global" one more while the threshold is found; one selection per
-    microbatch.
+    Cost: one copy of the matrices, and with scope "global" one more while the threshold is found; with `every` > 1 the
+    mask, one byte per entry, in checkpoints too.
 
     Source: Lin, Stich, Barba, Dmitriev, Jaggi, "Dynamic Model Pruning with Feedback", ICLR 2020, equation 4 and algorithm 1; n:m:
     Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
 
-    Deviations: the mask follows x in every update (there every 16), and with n:m there is no SR-STE decay.
+    Deviation: with n:m there is no SR-STE decay.
 
     >>> Prune(0.5)(StepInfo(0, 1), {"w": torch.tensor([[3.0, -1.0, 2.0, 0.5]])})["w"].tolist()
     [[0.0, 1.0, 0.0, -0.5]]
@@ -41,10 +42,15 @@ class Prune:
     scope: str = "global"
     structure: str = "entries"
     pattern: str | None = None
+    every: int = 1
 
     def __post_init__(self) -> None:
         self.sparsity = self._sparsity = make_value(self.sparsity, "sparsity", 0, 1)
         check_pattern(self.pattern)
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise ValueError(f"got every={self.every!r}; needs an integer >= 1; set it in --method_config")
+        self._masks: dict[str, torch.Tensor] = {}
+        self._turn: int | None = None
         if self.scope not in ("global", "tensor"):
             raise ValueError(f"got scope={self.scope!r}; needs 'global' or 'tensor'; set it in --method_config")
         groups = re.fullmatch(r"(\d+):(\d+)", self.structure)
@@ -58,7 +64,15 @@ class Prune:
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
         chosen = matrices(parameters, self.pattern)
-        return {name: torch.where(kept, 0, -chosen[name]) for name, kept in self.kept(info, chosen).items()}
+        masks = self.kept(info, chosen) if self.every == 1 else self._held(info, chosen)
+        return {name: torch.where(kept.to(chosen[name].device), 0, -chosen[name]) for name, kept in masks.items()}
+
+    def _held(self, info: StepInfo, chosen: Tensors) -> dict[str, torch.Tensor]:
+        """The masks of the turn that this update step belongs to, made at the first update in it."""
+        turn = info.step // self.every
+        if turn != self._turn:
+            self._masks, self._turn = self.kept(info, chosen), turn
+        return self._masks
 
     def kept(self, info: StepInfo, parameters: Tensors) -> dict[str, torch.Tensor]:
         """m(x): True where an entry stays; broadcasts to the parameter's shape."""
@@ -81,6 +95,16 @@ class Prune:
             parts = together.split([size.numel() for size in sizes.values()])
             kept = dict(zip(sizes, parts, strict=True))
         return {n: k.view(shapes[n]) for n, k in kept.items()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The masks, and the turn that they were made in."""
+        turn = {} if self._turn is None else {"turn": torch.tensor(self._turn)}
+        return {f"mask.{name}": mask for name, mask in self._masks.items()} | turn
+
+    def load_state_dict(self, tensors: Tensors) -> None:
+        """Go on from `state_dict()`; nothing begins anew."""
+        self._masks = {key.removeprefix("mask."): mask for key, mask in tensors.items() if key != "turn"}
+        self._turn = int(tensors["turn"]) if "turn" in tensors else None
 
 
 def _largest(sizes: torch.Tensor, sparsity: float) -> torch.Tensor:

@@ -9,13 +9,18 @@ from ..types import StepInfo
 from .chosen import check_pattern, matrices
 
 Tensors = Mapping[str, torch.Tensor]
+# what keeps a row of zeros from being divided by 0
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def _integers(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
     def nearest(rows: torch.Tensor) -> torch.Tensor:
         top = 2 ** (bits - 1) - 1
-        scale = (rows.abs().amax(1, keepdim=True) / top).clamp_min(torch.finfo(rows.dtype).tiny)
-        return (rows / scale).round() * scale
+        scale = (rows.abs().amax(1).to(torch.promote_types(rows.dtype, torch.float32)) / top).clamp_min(_TINY)
+        if rows.dtype == torch.float64:  # whose scales torch takes in float32
+            return (rows / scale[:, None]).round() * scale[:, None]
+        zeros = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(rows, scale, zeros, 0, -top, top)
 
     return nearest
 
@@ -54,8 +59,8 @@ class Quantize:
     Source: Courbariaux, Bengio, David, "BinaryConnect", NIPS 2015, with the scale of Rastegari et al., "XNOR-Net", ECCV
     2016; ternary: Li, Zhang, Liu, "Ternary Weight Networks", 2016; integers: Jacob et al., CVPR 2018, symmetric.
 
-    Deviations: x is not clipped to [-1, 1] as in BinaryConnect; activations are not quantized. Written out, since
-    torch's fake_quantize takes float32 only; equal to it there.
+    Deviations: x is not clipped to [-1, 1] as in BinaryConnect; activations are not quantized. Integers are torch's
+    fake_quantize, written out for float64.
     """
 
     to: str = "int8"

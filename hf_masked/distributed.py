@@ -1,0 +1,154 @@
+"""What travels between processes when only part is trained: which gradients are reduced, and which pieces are put together."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .compressed_reduction import CompressedReduction
+from .cores import get_core
+from .hooks import JointHooks
+from .masked_optimizer import entries_of
+from .perturbations.subnets import Subnets
+from .types import StepInfo
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class SubnetWorkers:
+    """Every process trains a subnet of its own with its own gradients; now and then the pieces are put together.
+
+    A unit's entries, and their moments, come from the process that has trained them; what belongs to all is a mean.
+
+    Args:
+        rule: deals the units out.
+        network: the model in DistributedDataParallel, whose hook `keep_local` has to be.
+        parameters: those trained, by name.
+        optimizer: whose state belongs to them, per entry.
+
+    Cost on the wire, each time: a process sends its own part of the parameters and of their state, in one message for
+    each kind, and takes part in one reduction of what belongs to all. `bytes_sent` counts its messages, without that
+    reduction. In memory, one copy of the largest of them for every process.
+    """
+
+    def __init__(
+        self,
+        rule: Subnets,
+        network: DistributedDataParallel,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ):
+        self.bytes_sent = 0
+        self.network = network
+        self._rule = rule
+        self._group: Any = network.process_group
+        self._parameters = dict(parameters)
+        self._optimizer = optimizer
+        self._trained_in: StepInfo | None = None
+
+    def trained(self, info: StepInfo) -> None:
+        """Note that the pieces have come apart, in this update."""
+        self._trained_in = info
+
+    def put_together(self) -> None:
+        """Give every process the whole; nothing happens where it has it. To be called on all of them."""
+        if self._trained_in is None:
+            return
+        info, self._trained_in = self._trained_in, None
+        with torch.no_grad():
+            parts = self._rule.parts_at(info, self._parameters)
+            for tensors in self._kinds():
+                self._exchange(tensors, parts)
+
+    def _kinds(self) -> Iterator[Tensors]:
+        """The parameters, then each kind of their state."""
+        state = {name: entries_of(self._optimizer, p, with_state=True) for name, p in self._parameters.items()}
+        for kind in sorted({key for entries in state.values() for key in entries}):
+            yield {name: entries[kind] for name, entries in state.items() if kind in entries}
+
+    def _exchange(self, tensors: Tensors, parts: list[dict[str, torch.Tensor]]) -> None:
+        dealt = [name for name in tensors if name in parts[0]]
+        common = [tensor for name, tensor in tensors.items() if name not in parts[0]]
+        owned = [[part[name].expand_as(tensors[name]) for name in dealt] for part in parts]
+        counts = [[int(kept.sum()) for kept in mine] for mine in owned]
+        rank, length = self._group.rank(), max(sum(count) for count in counts)
+        own = torch.cat([tensors[name][kept] for name, kept in zip(dealt, owned[rank], strict=True)])
+        self.bytes_sent += own.nbytes
+        # where units do not divide evenly, some parts are shorter by a unit of each layer
+        message = torch.nn.functional.pad(own, (0, length - len(own)))
+        messages = [torch.empty_like(message) for _ in parts]
+        dist.all_gather(messages, message, group=self._group)
+        for theirs, mine, count in zip(messages, owned, counts, strict=True):
+            for name, kept, piece in zip(dealt, mine, theirs[: sum(count)].split(count), strict=True):
+                tensors[name][kept] = piece
+        if common:
+            mean = torch.cat([tensor.flatten() for tensor in common])
+            dist.all_reduce(mean, group=self._group)
+            for tensor, piece in zip(common, mean.div_(len(parts)).split([t.numel() for t in common]), strict=True):
+                tensor.copy_(piece.view_as(tensor))
+
+
+def keep_local(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """The reduction of a bucket of gradients that sends nothing: each process goes on with its own."""
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+class DistributedMixin(JointHooks):
+    """The part of `MaskedTrainerMixin` that several processes need."""
+
+    _workers: SubnetWorkers | None = None
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._take_reductions()
+        return prepared
+
+    def _take_reductions(self) -> None:
+        """Hand the reduction of gradients over to the rules that have their own, now that the networks are wrapped."""
+        wrapped = [(self.plan.full, self.model_wrapped, self.model)]
+        wrapped += [(run.phase, run.wrapped, get_core(self.model, run.name).model) for run in self._cores]
+        for phase, network, model in wrapped:
+            if isinstance(phase.grad_mask, CompressedReduction):
+                phase.grad_mask.attach(network, dict(model.named_parameters()), lambda: self._now().info)
+        rule, full = self.plan.full.perturbation, self.model_wrapped
+        if isinstance(rule, Subnets) and isinstance(full, DistributedDataParallel):
+            if self._workers is None or self._workers.network is not full:
+                full.register_comm_hook(None, keep_local)
+            inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+            self._workers = SubnetWorkers(rule, full, self._trained(self.plan.full), inner)
+
+    def _on_any_process(self, found: bool) -> bool:
+        """Whether it was found on one of the processes; to be called on all of them."""
+        if self.accelerator.num_processes == 1:
+            return found
+        flag = torch.tensor(float(found), device=self.args.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    # ---- where the whole network is needed ----
+
+    def _put_together(self) -> None:
+        if self._workers is not None:
+            self._workers.put_together()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        rule = self.plan.full.perturbation
+        if isinstance(rule, Subnets) and self.state.global_step % rule.every == 0:  # a turn has ended
+            self._put_together()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._put_together()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._put_together()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._put_together()
+        return super()._finalize_training(*args, **kwargs)
