@@ -18,7 +18,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from kit.arguments import RecipeArguments, parse
 from kit.cache import prepared
-from kit.methods import run_methods
+from kit.methods import CLOCKS, run_methods
 from kit.processes import run_main
 from kit.run import run_recipe
 from kit.sources import load_splits
@@ -71,8 +71,18 @@ class ClassificationArguments(RecipeArguments):
         default=None, metadata={"help": 'JSON of options by method name, e.g. \'{"sam": {"rho": 0.1}}\'.'}
     )
 
+    clock: str = field(
+        default="wall",
+        metadata={
+            "help": "What --methods are timed by: 'wall', or 'processor' seconds, for a machine that does other work too "
+            "(with OMP_NUM_THREADS=1)."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.clock not in CLOCKS:
+            raise ValueError(f"got clock={self.clock!r}; needs one of {sorted(CLOCKS)}; set --clock")
         for name in ("model_name_or_path", "dataset_name"):
             if getattr(self, name) is None:
                 raise ValueError(
@@ -234,7 +244,7 @@ def main(argv: list[str]) -> None:
     methods = args.methods or [training_args.method or "sgd"]
     if not args.methods:
         options = {methods[0]: training_args.method_config}
-    run_methods(task, methods, options, args.seeds or [training_args.seed], training_args)
+    run_methods(task, methods, options, args.seeds or [training_args.seed], training_args, args.clock)
 
 
 if __name__ == "__main__":

@@ -21,16 +21,20 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from hf_masked import MaskedTrainer, MaskedTrainingArguments
+from hf_masked import MaskedTrainer, MaskedTrainingArguments, StepInfo
+from hf_masked.meprop import MeProp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kit.machine import hardware, versions
+from kit.machine import PeakMemory, hardware, versions
 from kit.table import render
 
+from benchmarks.clock import Taken
 from benchmarks.setting import Setting
 from benchmarks.steps import WARM_UP, Contestant, Measurements, Round, train
 
 PLAIN = "plain"
+# so few that weights, gradients and moments are most of what is held
+MEMORY_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def rows(layers: int) -> list[Row]:
         Row("parameters: upper half of the layers, head", "parameters",
             {"trained": rf".*layers\.({upper})\..*|.*\.norm\.weight|lm_head.*"}, 0.70),
         Row("badam: one layer at a time", "badam", {"every": 1, "rest": "freeze"}, 0.75, 0.2),
+        Row("random blocks: one layer at a time", "lisa",
+            {"blocks": 1, "every": 1, "rest": "freeze", "state_policy": "reset"}, 0.75, 0.2),
         Row("rigl, between changes of its mask", "rigl", {}, 1.15),
         Row("gmp, between changes of its mask", "gmp", {"density": 0.3}, 1.15),
         Row("sam", "sam", {}, 2.1),
@@ -142,7 +148,35 @@ def state_bytes(options: dict[str, Any] | None, layers: int) -> float:
     return statistics.mean(seen)
 
 
-def table(entered: list[Row], measured: Measurements, states: dict[str, float]) -> str:
+def peak_bytes(options: dict[str, Any] | None, setting: Setting) -> int | None:
+    """Bytes held at most in two update steps of a few tokens, model included, beyond what was held before."""
+    short = dataclasses.replace(setting, tokens=MEMORY_TOKENS, sequence=MEMORY_TOKENS)
+    peak = PeakMemory()
+    with tempfile.TemporaryDirectory() as folder:
+        train(Contestant(short.new_model(), options, {}, 2), short, folder)
+    return peak.read()
+
+
+def meprop_ratio(rounds: int = 9) -> float:
+    """Processor seconds of the backward of a linear layer of 1,024 outputs that follows 5 % of them, over the dense one's."""
+    layer, x, grad = torch.nn.Linear(1024, 1024), torch.randn(1024, 1024, requires_grad=True), torch.randn(1024, 1024)
+
+    def backward() -> float:
+        y = layer(x)
+        layer.zero_grad()
+        started = Taken.stamp()
+        y.backward(grad)
+        return (Taken.stamp() - started).processor
+
+    ratios = []
+    for _ in range(rounds):
+        dense = backward()
+        with MeProp(0.05)(StepInfo(0, 1), layer):
+            ratios.append(backward() / dense)
+    return statistics.median(ratios)
+
+
+def table(entered: list[Row], measured: Measurements, states: dict[str, float], peaks: dict[str, int | None]) -> str:
     """One line per method."""
     lines = []
     for row in entered:
@@ -151,8 +185,20 @@ def table(entered: list[Row], measured: Measurements, states: dict[str, float]) 
         reached = "-" if row.time_goal is None else ("yes" if ratio <= row.time_goal else "no")
         state = f"{states[row.title]:.2f}" + ("" if row.state_goal is None else f" (goal <= {row.state_goal})")
         fastest = f"{measured.fastest_ratio(row.title, PLAIN):.2f}"
-        lines.append([row.title, f"{ratio:.2f}", f"{low:.2f} - {high:.2f}", fastest, goal, reached, state])
-    return render(["method", "step time", "quartiles", "fastest steps", "goal", "reached", "optimizer state"], lines)
+        plain, peak = peaks[PLAIN], peaks[row.title]
+        memory = f"{peak / plain:.2f}" if plain and peak else "-"
+        lines.append([row.title, f"{ratio:.2f}", f"{low:.2f} - {high:.2f}", fastest, goal, reached, state, memory])
+    headings = [
+        "method",
+        "step time",
+        "quartiles",
+        "fastest steps",
+        "goal",
+        "reached",
+        "optimizer state",
+        "peak memory",
+    ]
+    return render(headings, lines)
 
 
 def main() -> None:
@@ -163,6 +209,10 @@ def main() -> None:
     before = os.getloadavg()[0]
     plain_state = state_bytes(None, args.layers)
     states = {row.title: state_bytes(row.options, args.layers) / plain_state for row in entered}
+    peak_bytes(None, args.setting())  # what libraries set up once is nobody's
+    peaks = {PLAIN: peak_bytes(None, args.setting())}
+    peaks |= {row.title: peak_bytes(row.options, args.setting()) for row in entered}
+    meprop = meprop_ratio()
     measured = measure_times(args.setting(), entered, args)
     load = f"{before:.1f} and {os.getloadavg()[0]:.1f}"
     command = shlex.join(["python", "recipes/benchmarks/methods.py", *sys.argv[1:]])
@@ -171,13 +221,15 @@ def main() -> None:
     text = (
         f"`{command}`\n\nRatios to plain `Trainer` with AdamW: Llama of width {args.width}, {args.layers} layers, "
         f"{args.tokens} tokens per batch; medians over {args.repeats} rounds in one process, of {args.clock} seconds. "
-        f"Load average before and after: {load}.\n\n{table(entered, measured, states)}\n"
+        f"Optimizer state: mean over update steps; peak memory: with {MEMORY_TOKENS} tokens per batch, model included. "
+        f"Load average before and after: {load}.\n\n{table(entered, measured, states, peaks)}\n\n"
+        f"meprop, 5 % of 1,024 outputs: {meprop:.2f} of the dense backward of a linear layer (goal <= 0.50).\n"
     )
     print("\n" + text)
     if args.output is not None:
         results = {
             "command": command, "versions": versions(), "hardware": hardware(), "settings": dataclasses.asdict(args),
-            "optimizer_state": states, "load_average": load,
+            "optimizer_state": states, "peak_bytes": peaks, "meprop_backward": meprop, "load_average": load,
             "seconds": [{n: [dataclasses.asdict(t) for t in taken] for n, taken in one.items()} for one in measured.rounds],
         }  # fmt: skip
         Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -48,18 +48,22 @@ class MethodRun:
     history: list[dict[str, Any]]
 
 
-class StepClock(TrainerCallback):
-    """Seconds of every update step, from the start of its first microbatch on."""
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
-    def __init__(self) -> None:
+
+class StepClock(TrainerCallback):
+    """Seconds of every update step, from the start of its first microbatch on; `clock` is a name in CLOCKS."""
+
+    def __init__(self, clock: str) -> None:
         self.seconds: list[float] = []
+        self._now = CLOCKS[clock]
         self._started = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._started = time.perf_counter()
+        self._started = self._now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._started)
+        self.seconds.append(self._now() - self._started)
 
     def median(self) -> float:
         """Of all steps but the first ones, which warm up."""
@@ -67,13 +71,19 @@ class StepClock(TrainerCallback):
 
 
 def run_methods(
-    task: Task, methods: Sequence[str], configs: dict[str, Any], seeds: Sequence[int], training_args: Any
+    task: Task,
+    methods: Sequence[str],
+    configs: dict[str, Any],
+    seeds: Sequence[int],
+    training_args: Any,
+    clock: str = "wall",
 ) -> None:
     """Fine-tune once per method and seed, and leave `table.md` and `results.json` in `output_dir`, which one process writes.
 
     Args:
         methods: names in `hf_masked.methods.METHODS`; plain training is trained first, for the ratios.
         configs: options by method name.
+        clock: what step times are taken by, a name in CLOCKS.
     """
     out = Path(str(training_args.output_dir))
     if writes():
@@ -86,7 +96,7 @@ def run_methods(
                 print(f"\n== {name}: seed {seed}")
             changed = {"method": name, "method_config": configs.get(name), "seed": seed, "data_seed": seed}
             args = dataclasses.replace(training_args, **changed, output_dir=str(out / "runs" / f"{name}-{seed}"))
-            run, trainer = run_method(task, args)
+            run, trainer = run_method(task, args, clock)
             runs.append(run)
             if len(methods) == len(seeds) == 1 and name == methods[0]:
                 trainer.save_model(str(out))
@@ -102,14 +112,14 @@ def run_methods(
         print("\n" + text)
 
 
-def run_method(task: Task, args: TrainingArguments) -> tuple[MethodRun, Trainer]:
+def run_method(task: Task, args: TrainingArguments, clock: str) -> tuple[MethodRun, Trainer]:
     """Fine-tune with the method that `args` names, and score the result."""
     peak = PeakMemory()
     model = task.new_model(args.seed)
     set_seed(args.seed)
-    trainer, clock = make_trainer(task, model, args), StepClock()
+    trainer, steps = make_trainer(task, model, args), StepClock(clock)
     del model  # the trainer may have made another of it
-    trainer.add_callback(clock)
+    trainer.add_callback(steps)
     trainer.train()
     memory = peak.read()
     trained: Any = trainer.model
@@ -119,7 +129,7 @@ def run_method(task: Task, args: TrainingArguments) -> tuple[MethodRun, Trainer]
         method=args.method,  # type: ignore[attr-defined]
         seed=args.seed,
         scores=task.score(trained),
-        step_seconds=clock.median(),
+        step_seconds=steps.median(),
         peak_memory=memory,
         captured_energy=statistics.mean(energies) if energies else None,
         history=trainer.state.log_history,
