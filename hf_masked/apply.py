@@ -1,6 +1,7 @@
 """Masks gradients, and holds tensors still.
 
-With `displacement.py` (x + dx) and `masked_optimizer.py` (the optimizer's step) the only code that mutates for a slot.
+With `displacement.py` (x + dx), `masked_optimizer.py` (the optimizer's step) and `distributed.py` (subnets put together) the
+only code that mutates for a slot.
 """
 
 from collections.abc import Mapping
