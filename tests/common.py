@@ -119,6 +119,7 @@ class Watch(TrainerCallback):
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.after = {0: self._now()}
+        self.said: dict[int, dict[str, Any]] = {}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"full": self.model, "core": get_core(self.model).model}
@@ -129,6 +130,7 @@ class Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if "loss" in (logs or {}):
             self.after[state.global_step] = self._now()
+            self.said[state.global_step] = dict(logs or {})
 
     @property
     def moved(self) -> list[dict[str, set[str]]]:

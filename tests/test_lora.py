@@ -144,7 +144,7 @@ def literal(model: Any, batch: dict[str, torch.Tensor], x: dict[str, torch.Tenso
             dense[name] = (
                 y[f"{path}.W0"] + 1.5 * y[f"{path}.B"] @ y[f"{path}.A"] + y[f"{path}.R"] if targeted else y[name]
             )
-        return functional_call(plain, dense, kwargs=batch).loss
+        return functional_call(plain, dense, (), batch).loss
 
     dx = {n: -v for n, v in x.items() if n.endswith(".R")} if core_step else None
     if core_step:  # the base under the adapter is W0 in all that is not a target, too

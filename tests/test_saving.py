@@ -17,6 +17,7 @@ from common import arguments, difference, fit, rows, tiny, tokenizer, values
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, pipeline
+from transformers.utils import is_torch_greater_or_equal
 
 from hf_masked import add_core, core_mode, core_summary, export, extract_core, get_core, has_core, merge_full
 from hf_masked.cores import FactorizedLinear, LowRankCoreConfig
@@ -185,6 +186,8 @@ def test_loaded_core_trains_with_plain_trainer_and_saves_again(trained: tuple[An
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again), logits(core))
     assert "hf_masked_low_rank" in (tmp_path / "again" / "config.json").read_text()
+    if not is_torch_greater_or_equal("2.6"):
+        return  # Trainer opens no pickles there, not even its own
     resumed = Trainer(load(folder), args, train_dataset=rows(), eval_dataset=rows())
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert difference(values(resumed.model), values(core)) is None

@@ -144,7 +144,7 @@ DENSE = architecture("opt").build(seed=1).double()  # another seed: no value may
 
 
 def dense_loss(weights: Values, *batches: dict[str, torch.Tensor]) -> torch.Tensor:
-    losses = [functional_call(DENSE, dict(weights), kwargs=dict(batch)).loss for batch in batches]
+    losses = [functional_call(DENSE, dict(weights), (), dict(batch)).loss for batch in batches]
     return sum(losses) / len(losses)
 
 
@@ -223,7 +223,7 @@ def taught_loss(y: Values, sites: Any, batch: dict[str, torch.Tensor], c: float,
     """c ((1 - w) label loss + w T^2 KL(full || core)) of the core's part of y; the full network's is detached."""
 
     def said(weights: Values) -> torch.Tensor:
-        logits = functional_call(DENSE, dict(weights), kwargs=dict(batch)).logits[:, :-1]
+        logits = functional_call(DENSE, dict(weights), (), dict(batch)).logits[:, :-1]
         return (logits / T).log_softmax(-1)
 
     core, full = dense(y, sites, "core."), {n: y[n].detach() for n, _ in DENSE.named_parameters()}
@@ -251,6 +251,8 @@ def test_options_of_a_core_step_are_in_the_template(option: str, tmp_path: Path)
     }
     now = watch.after[2]["full"] | {f"core.{n}": v for n, v in watch.after[2]["core"].items()}
     assert distance(now, core_step(**{names[name]: value for name, value in given.items()})) < 1e-6
+    said = watch.said[2]["loss_core"]
+    assert said == pytest.approx(float(dense_loss(dense(x, sites, "core."), batches[1]))), "not the label loss alone"
     *others, last = given
     assert distance(now, core_step(**{names[name]: given[name] for name in others})) > 1e-4, f"{last} does nothing"
 

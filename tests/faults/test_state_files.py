@@ -100,8 +100,9 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "lbfgs": lambda p: torch.optim.LBFGS(p),  # lists of tensors inside
     "asgd": lambda p: torch.optim.ASGD(p),
     "adafactor": lambda p: Adafactor(p, 1e-2, relative_step=False, beta1=0.9),
-    "torch adafactor": lambda p: torch.optim.Adafactor(p),
 }
+if hasattr(torch.optim, "Adafactor"):  # since torch 2.5
+    OPTIMIZERS["torch adafactor"] = lambda p: torch.optim.Adafactor(p)
 
 
 def steps(optimizer: Any, parameters: list[nn.Parameter], first: int, last: int) -> None:
