@@ -1,5 +1,6 @@
 """The recipes, run as a user runs them, and the shared parts that a wrong table would hide behind."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -44,6 +45,7 @@ ARMS = [
     "core_alone",
     "core_alone_flops",
     "paper",
+    "svd_untuned",
     "svd",
     "svd_distilled",
     "svd_flops",
@@ -66,16 +68,19 @@ def check_products(out: Path, printed: str, arms: list[str]) -> dict:
         assert (out / name).stat().st_size > 0, name
     results = json.loads((out / "results.json").read_text())
     assert list(dict.fromkeys(r["arm"] for r in results["runs"])) == arms
-    full, core = results["networks"]
-    assert core["parameters"] < full["parameters"]
-    assert core["bytes_on_disk"] < full["bytes_on_disk"]
-    assert core["flops_per_token"] < full["flops_per_token"]
-    for network in (full, core):
+    full, core, *rungs = results["networks"]
+    by_size = [full, core, *rungs[::-1]]
+    for size in ("parameters", "bytes_on_disk", "flops_per_token"):
+        assert all(larger[size] > smaller[size] for larger, smaller in itertools.pairwise(by_size)), size
+    for network in by_size:
         assert re.search(rf"^\| {network['name']} .*{network['parameters']:,}", printed, re.M)
     joint = next(r for r in results["runs"] if r["arm"] == "joint")
     assert full["scores"]["loss"] == pytest.approx(joint["full"]["loss"], abs=2e-4)
     assert core["scores"]["loss"] == pytest.approx(joint["core"]["loss"], abs=2e-4)
-    assert full["scores"]["loss"] != pytest.approx(core["scores"]["loss"], abs=2e-4)
+    for rung in rungs:
+        key = f"{rung['name'].removeprefix('core-')}_loss"
+        assert rung["scores"]["loss"] == pytest.approx(joint["core"][key], abs=2e-4)
+    assert len({round(network["scores"]["loss"], 4) for network in by_size}) == len(by_size)
     return results
 
 
@@ -115,12 +120,16 @@ def test_causal_lm_fine_tunes_with_an_adapter_for_a_core(tmp_path: Path) -> None
         *("--corpus_characters", "30000", "--vocab_size", "400", "--block_size", "16", "--max_eval_samples", "32"),
         *("--cache_dir", str(tmp_path / "cache"), "--max_steps", "4", "--report_to", "none", "--sample_tokens", "3"),
     )
-    arms = ["full_alone", "svd", "joint"]
+    arms = ["full_alone", "svd_untuned", "svd", "joint"]
     run("causal_lm.py", *common, "--model_name_or_path", str(tmp_path / "base"), "--compare", "--compare_arms", *arms)
     results = json.loads((tmp_path / "out/results.json").read_text())
     full, core = results["networks"]
-    alone, svd, joint = results["runs"]
-    assert joint["full"]["loss"] == alone["full"]["loss"] != svd["core"]["loss"]
+    alone, untuned, svd, joint = results["runs"]
+    assert joint["full"]["loss"] == alone["full"]["loss"] != svd["core"]["loss"] != untuned["core"]["loss"]
+    assert (
+        untuned["full"]["loss"] == pytest.approx(alone["full"]["loss"])
+        and untuned["flops"] == alone["flops"] < svd["flops"]
+    )
     assert core["scores"]["loss"] == pytest.approx(joint["core"]["loss"], abs=2e-4)
     adapter = tmp_path / "out/adapter/adapter_model.safetensors"
     assert core["bytes_on_disk"] == adapter.stat().st_size < full["bytes_on_disk"] / 2
@@ -143,9 +152,10 @@ def test_translation_scores_both_networks(tmp_path: Path) -> None:
         *("--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--vocab_size", "320"),
         *("--model_type", "t5", "--model_config", json.dumps(TINY_T5), "--max_steps", "4", "--warmup_steps", "0"),
         *("--per_device_train_batch_size", "8", "--logging_steps", "1", "--label_smoothing_factor", "0"),
-        *("--seeds", "0", "1"),
+        *("--seeds", "0", "1", "--core_config", '{"ranks": [1, 2, 4]}'),
     )
     results = check_products(tmp_path / "out", printed, ["joint"])
+    assert [network["name"] for network in results["networks"]] == ["full", "core", "core-r1", "core-r2"]
     scores = results["networks"][1]["scores"]
     assert {"loss", "bleu", "chrf"} < set(scores)
     assert "±" in printed, "two seeds"
@@ -226,7 +236,7 @@ def test_arms_meet_at_equal_flops() -> None:
     flops = {key: arm.flops(costs, 100 * costs.full) for key, arm in arms.items()}
     for key in ("core_alone_flops", "svd_flops", "svd_distilled"):
         assert flops[key] == pytest.approx(flops["joint"], rel=0.005)
-    assert flops["svd"] < flops["svd_distilled"]
+    assert flops["svd_untuned"] == flops["full_alone"] < flops["svd"] < flops["svd_distilled"]
     steps = {key: (arm.full_updates, arm.core_updates) for key, arm in arms.items()}
     assert steps["full_alone"] == (100, 0) and steps["core_alone"] == (0, 100) and steps["paper"] == (100, 100)
 

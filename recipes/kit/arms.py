@@ -20,7 +20,7 @@ class Arm:
     Args:
         key: short name in result files.
         title: what the table calls it.
-        max_steps: update steps of the trainer.
+        max_steps: update steps of the trainer; 0 where the core is cut out of the trained full network and left at that.
         full_updates, core_updates: what these steps train.
         changes: training arguments that differ from the recipe's own.
         after_full: whether it starts from the trained full network (whose FLOPs it then has spent as well).
@@ -56,8 +56,8 @@ def comparison_arms(
 ) -> list[Arm]:
     """List the arms for `steps` full updates, cheapest question first.
 
-    Each part alone; the paper's alternation; the SVD of the trained full and then core steps, plain and distilled; and
-    the `joint` run. Every arm that comes after the full alone shares one training of it.
+    Each part alone; the paper's alternation; the SVD of the trained full as it is, and then core steps, plain and distilled;
+    and the `joint` run. Every arm that comes after the full alone shares one training of it.
     """
     tuned = distilled_equivalent(steps, costs)
     core_alone_at_equal_flops = round(joint.flops(costs, 0) / costs.core)
@@ -80,6 +80,7 @@ def comparison_arms(
             scores_full=False,
         ),
         Arm("paper", "alternation (the paper's)", 2 * steps, steps, steps, paper),
+        Arm("svd_untuned", "SVD of the trained full, untuned", 0, 0, 0, tuned_svd, after_full=True),
         Arm("svd", "SVD of the trained full, then core steps", steps, 0, steps, tuned_svd, after_full=True),
         Arm(
             "svd_distilled",

@@ -47,7 +47,8 @@ def adapter_folder(folder: str | Path) -> Path | None:
 
 
 def reload_networks(task: Task, folder: str | Path) -> dict[str, PreTrainedModel]:
-    """Load the full network and the core from an export, an adapter onto the base model that it names."""
+    """Load the full network and the core from an export, with the smaller cores of a ladder by size, and an adapter onto the
+    base model that it names."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     networks: dict[str, Any] = {"full": task.auto_class.from_pretrained(folder)}
     adapter = adapter_folder(folder)
@@ -58,11 +59,14 @@ def reload_networks(task: Task, folder: str | Path) -> dict[str, PreTrainedModel
         networks["core"] = PeftModel.from_pretrained(base, adapter)
     else:
         networks["core"] = task.auto_class.from_pretrained(folder, subfolder="core")
+        found = [path.parent.name for path in Path(folder).glob("core-*/config.json")]
+        rungs = [(name, task.auto_class.from_pretrained(folder, subfolder=name)) for name in found]
+        networks |= sorted(rungs, key=lambda rung: rung[1].num_parameters())
     return {name: model.to(device).eval() for name, model in networks.items()}
 
 
 def describe_networks(task: Task, folder: str | Path, batch_size: int) -> list[NetworkReport]:
-    """Reload both networks from an export and report on each."""
+    """Reload the networks of an export and report on each."""
     networks = reload_networks(task, folder)
     batches = task.batches(batch_size, networks["full"].device)
     batch = batches[len(batches) // 2]
@@ -94,7 +98,7 @@ def positions(batch: dict[str, Any], encoder_decoder: bool) -> int:
 
 @torch.no_grad()
 def forward_seconds(networks: dict[str, PreTrainedModel], batch: dict[str, Any]) -> dict[str, float]:
-    """Median seconds of a forward pass of each network, timed in turns so that both meet the same machine."""
+    """Median seconds of a forward pass of each network, timed in turns so that all meet the same machine."""
     times: dict[str, list[float]] = {name: [] for name in networks}
     for _ in range(1 + TIMED_FORWARDS):
         for name, model in networks.items():

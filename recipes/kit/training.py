@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from hf_masked import LoraCoreConfig, add_core, get_core, has_core, merge_full
+from hf_masked import LoraCoreConfig, add_core, get_core, has_core, merge_full, split
 
 from .arms import Arm
 from .flops import StepCosts, step_costs
@@ -91,7 +91,10 @@ def run_arm(
     trainer = make_trainer(task, model, args)
     costs = trainer_costs(task, trainer)
     started = time.perf_counter()
-    trainer.train()
+    if arm.max_steps:
+        trainer.train()
+    else:
+        cut_core(task, trainer)
     seconds = time.perf_counter() - started + (before.seconds if arm.after_full and before else 0)
     memory = peak.read()
     full, core = evaluate(task, trainer, task.report)
@@ -113,6 +116,14 @@ def run_arm(
         history=trainer.state.log_history,
     )
     return run, trainer
+
+
+def cut_core(task: Task, trainer: Trainer) -> None:
+    """Make the core the best part of the full network as it is, by the inputs of training batches where it asks for some."""
+    model: Any = trainer.model
+    get_core(model).sync(model)
+    looks = get_core(model).observe(model) is not None
+    split(model, task.batches(trainer.args.per_device_train_batch_size, model.device) if looks else None)
 
 
 def starting_model(task: Task, args: Any, trained_full: PreTrainedModel | None) -> PreTrainedModel:
