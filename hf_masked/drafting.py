@@ -14,10 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cores import get_core
+from .cores.base import Rung
 from .cores.modules import unwrap
 
 
-def draft_view(model: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
+def draft_view(model: PreTrainedModel, name: str | None = None, rung: Rung | None = None) -> PreTrainedModel:
     """The core as an assistant of its full network, for the `assistant_model` of `generate`.
 
     Greedy decoding with it gives the full network's own tokens: transformers keeps a drafted one only where the full
@@ -26,11 +27,12 @@ def draft_view(model: PreTrainedModel, name: str | None = None) -> PreTrainedMod
     Args:
         model: a model with a core; both are then in its training mode, so call `model.eval()` first.
         name: which of several cores.
+        rung: draft with a smaller core of a ladder of widths or depths, one of its `nested`.
 
     Returns: the core network on the same tensors, with a generation config of its own, for transformers adapts that of
         an assistant (how many tokens to draft, how sure it has to be) as it goes; set it there.
 
-    Raises: ValueError without a core, and for a model that does not generate.
+    Raises: ValueError without a core or such a rung, and for a model that does not generate.
 
     Cost: no memory for weights; a cache of keys and values for the core while it generates.
 
@@ -45,7 +47,13 @@ def draft_view(model: PreTrainedModel, name: str | None = None) -> PreTrainedMod
         )
     core.sync(full)
     core.model.train(full.training)
-    view: PreTrainedModel = copy.copy(core.model)
+    if rung is not None and len(core.networks) == 1:
+        raise ValueError(
+            f"got rung={rung!r} of a core of the kind {core.config.kind!r}; needs none, because its smaller cores run in the "
+            "modules of the whole one, which cannot be two drafts at once; use extract_core(model, rung=...)"
+        )
+    with core.at_rung(rung):
+        view: PreTrainedModel = copy.copy(core.model)
     view.generation_config = copy.deepcopy(full.generation_config)
     return view
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .cores import Core, get_core, get_cores
-from .cores.base import Rank
+from .cores.base import Rung
 from .cores.modules import unwrap
 from .cores.sharded import gathered, is_sharded
 from .durable import flush, flush_all
@@ -23,7 +23,7 @@ _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model
 # the files without which nothing loads: gone first and back last, so that no mixture of two exports ever loads
 _ENTRIES = ("config.json", "adapter_config.json")
 # where a core lies by its kind, and beside it the smaller ones of a ladder; an old one of another kind goes too
-_RUNG = r"(-r[0-9.]+(e-[0-9]+)?)?"
+_RUNG = r"(-([rnhked][0-9.]+(e-[0-9]+)?)+)?"
 _USUAL = re.compile(rf"adapter|core{_RUNG}")
 # where cores of other names lie is written down, so that those of a later export go and nobody else's folder does
 LISTING = "hf_masked_cores.json"
@@ -31,7 +31,7 @@ _LISTED = re.compile(rf"[a-z][a-z0-9_]*{_RUNG}")
 
 
 def extract_core(
-    model: PreTrainedModel, core_format: str | None = None, rank: Rank | None = None, name: str | None = None
+    model: PreTrainedModel, core_format: str | None = None, rung: Rung | None = None, name: str | None = None
 ) -> PreTrainedModel:
     """The core as a model of its own, independent of the full one.
 
@@ -39,17 +39,18 @@ def extract_core(
         model: a model with a core.
         core_format: one of the core's `formats`, None for the first: "factorized" (low rank: keeps x -> B (A x)) or
             "dense" (a plain model of the unchanged class; with low rank, W = B A is multiplied out).
-        rank: only the part of that rank of a low-rank core, an int, or a fraction of min(in_features, out_features): its
-            leading directions. Any will do; those of a ladder (`ranks`) were trained to stand alone.
+        rung: only a smaller core inside the core, one of its `nested`; of a low-rank core the leading directions of any rank,
+            an int, or a fraction of min(in_features, out_features), of which those of a ladder were trained to stand alone.
         name: which of several cores.
 
-    Raises: ValueError without a core, for another format, or for a rank that the core does not hold.
+    Raises: ValueError without a core, for another format, or for a rung that the core does not hold.
 
     Cost: memory of the result.
     """
     core = get_core(model, name)
-    core.sync(unwrap(model))
-    with core.at_rank(rank):
+    if core.active_thread is None:
+        core.sync(unwrap(model))
+    with core.at_rung(rung):
         extracted: PreTrainedModel = core.extract(_checked_format(core, core_format))
     return extracted
 
@@ -88,7 +89,7 @@ def export(
 
     `out/` holds the full model in its unchanged class, for `AutoModel*.from_pretrained(out)` anywhere; `out/core/` the
     core, for `AutoModel*.from_pretrained(out, subfolder="core")` anywhere ("dense"), or after `import hf_masked`
-    ("factorized"); the smaller ranks of a ladder lie in `out/core-r8/` and so on, a core of another name in `out/<name>/`. All
+    ("factorized"); the smaller cores of a ladder lie in `out/core-r8/` and so on, a core of another name in `out/<name>/`. All
     get the tokenizer and the generation config. Everything is written aside first; then config.json
     goes, the files change places, and config.json comes last, so that an interrupted export loads as nothing, and one
     that fails for lack of space leaves the old export as it was; each stage is flushed to the disk before the next. Other
@@ -123,8 +124,8 @@ def export(
             processing_class.save_pretrained(staging)
         for core in cores:
             core.sync(full)
-            for folder, rank in core_folders(core).items():
-                with core.at_rank(rank):
+            for folder, rung in core_folders(core).items():
+                with core.at_rung(rung):
                     core.write(staging / folder, _checked_format(core, core_format), max_shard_size)
                 if processing_class is not None:
                     processing_class.save_pretrained(staging / folder)
@@ -134,9 +135,9 @@ def export(
         _swap_in(staging, target)
 
 
-def core_folders(core: Core) -> dict[str, Rank | None]:
-    """Folder -> rank of the core in it: the whole core (None), and beside it the smaller ones of a ladder."""
-    return {core.folder: None} | {f"{core.folder}-{name}": rank for name, rank in core.nested.items()}
+def core_folders(core: Core) -> dict[str, Rung | None]:
+    """Folder -> rung of the core in it: the whole core (None), and beside it the smaller ones of a ladder."""
+    return {core.folder: None} | {f"{core.folder}-{name}": rung for name, rung in core.nested.items()}
 
 
 def check_writable(out: str | os.PathLike[str]) -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .cores.base import Core
+from .cores.depth import DepthCore
 from .cores.sharded import refuse_sharded
 from .plan import Plan
 from .schedules import Sum, resolve_step
@@ -107,7 +108,7 @@ def refuse_no_split(core: Any, schedule: Schedule) -> None:
         )
 
 
-def refuse_rungs(core: Core, plan: Plan) -> None:
+def refuse_rungs(core: Core, plan: Plan, args: Any) -> None:
     """Refuse what a core of several sizes has no meaning in.
 
     Raises: ValueError.
@@ -118,13 +119,23 @@ def refuse_rungs(core: Core, plan: Plan) -> None:
             plan.core.backward is not None,
             "it is of whole linear layers, and a smaller rung multiplies slices of them",
         ),
+        "several processes that look for no unused parameters": (
+            isinstance(core, DepthCore) and args.world_size > 1 and not _finds_unused(args),
+            "they would wait for gradients of the blocks that a shallower rung skips; set --ddp_find_unused_parameters true",
+        ),
     }
     for what, (applies, reason) in reasons.items():
         if core.nested and applies:
             raise ValueError(
-                f"got a core of several ranks with {what}; needs one without, because {reason}; set one rank in "
+                f"got a core of several sizes with {what}; needs one without, because {reason}; set one size in "
                 "--core_config, or another --schedule or method"
             )
+
+
+def _finds_unused(args: Any) -> bool:
+    """Whether DistributedDataParallel does, as Trainer decides it."""
+    said = args.ddp_find_unused_parameters
+    return bool(said) if said is not None else not args.gradient_checkpointing
 
 
 def refuse_unsupported(trainer: Any, what: str) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .cores import Core, get_cores
-from .cores.base import DEFAULT_NAME, Rank
+from .cores.base import DEFAULT_NAME, Rung
 from .hooks import JointHooks
 from .randomness import own_random_stream
 from .replay import size_of
@@ -38,10 +38,10 @@ class JointReportingMixin(JointHooks):
         started = time.time()
         seconds = {}
         whole = {name: (core, None) for name, core in cores.items()}
-        rungs = {f"{name}_{n}": (core, rank) for name, core in cores.items() for n, rank in core.nested.items()}
-        for name, (core, rank) in (whole | rungs).items():
+        rungs = {f"{name}_{n}": (core, rung) for name, core in cores.items() for n, rung in core.nested.items()}
+        for name, (core, rung) in (whole | rungs).items():
             begun = time.time()
-            with self._as_core(core, rank):
+            with self._as_core(core, rung):
                 core_output: Any = super().evaluation_loop(
                     dataloader,
                     f"{description} ({name})",
@@ -51,14 +51,14 @@ class JointReportingMixin(JointHooks):
                 )
             core_output.metrics.pop(f"{metric_key_prefix}_{name}_model_preparation_time", None)
             output.metrics.update(core_output.metrics)
-            if rank is None:
+            if rung is None:
                 seconds[name] = time.time() - begun
         self._core_seconds = (metric_key_prefix, seconds, time.time() - started)
         return output
 
     @contextmanager
-    def _as_core(self, core: Core, rank: Rank | None = None) -> Iterator[None]:
-        """Trainer's evaluation sees the core (its part of that rank) as its model; no random number of the full network's run is
+    def _as_core(self, core: Core, rung: Rung | None = None) -> Iterator[None]:
+        """Trainer's evaluation sees the core (or a smaller one inside it) as its model; no random number of the full network's run is
         drawn."""
         core.sync(self.model)
         if self.accelerator.mixed_precision != "no" and "_original_forward" not in vars(core.model):
@@ -68,7 +68,7 @@ class JointReportingMixin(JointHooks):
         self._evaluating_core = True
         seed = StepInfo(self.state.global_step, self.state.max_steps, self.args.mask_seed).random_seed("evaluation")
         try:
-            with own_random_stream(seed, self.args.device), core.at_rank(rank):
+            with own_random_stream(seed, self.args.device), core.at_rung(rung):
                 yield
         finally:
             self._evaluating_core = False

@@ -29,7 +29,7 @@ class NetworkSize:
 @dataclass(frozen=True)
 class CoreSummary:
     """Sizes of the full network and of its core, module path -> rank of a low-rank one, and name -> size of the smaller
-    ranks of a ladder; `str()` is a table.
+    cores of a ladder; `str()` is a table.
 
     Args:
         name: of the core.
@@ -86,8 +86,8 @@ def _summary(model: PreTrainedModel, name: str | None) -> CoreSummary:
     parts = {id(p) for m in full.modules() if isinstance(m, MergedLinear) for p in (m.A, m.B)}
     of_full = [p for p in full.parameters() if id(p) not in parts]
     nested = {}
-    for name, rank in core.nested.items():
-        with core.at_rank(rank):
+    for name, rung in core.nested.items():
+        with core.at_rung(rung):
             nested[name] = _size(core.weights(), core.model)
     size = _size(core.weights(), core.model)
     return CoreSummary(_size(of_full, full), size, getattr(core, "ranks", {}), nested, core.name)

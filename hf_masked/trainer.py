@@ -120,7 +120,7 @@ class MaskedTrainerMixin(UpdateStepMixin, DistributedMixin, JointReportingMixin,
         refuse_unsupported(self, "a core")
         for run in self._cores:
             refuse_no_split(cores[run.name], run.plan.schedule)
-            refuse_rungs(cores[run.name], run.plan)
+            refuse_rungs(cores[run.name], run.plan, args)
         refuse_meaningless(self.plan.full, self._trained(self.plan.full), args)
         for run in self._cores:
             with self._turn_of(run):
@@ -208,7 +208,8 @@ class MaskedTrainerMixin(UpdateStepMixin, DistributedMixin, JointReportingMixin,
         """Everything that a core's updates need; called once Trainer has prepared the full network's."""
         core = get_core(self.model, run.name)
         core.sync(self.model)
-        _mirror_checkpointing(self.model, core.model)
+        for network in core.networks:
+            _mirror_checkpointing(self.model, network)
         run.wrapped = self.accelerator.prepare_model(core.model)
         if self._one_state():
             run.optimizer = self.optimizer

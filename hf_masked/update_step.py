@@ -134,19 +134,20 @@ class UpdateStepMixin(WatchedStepMixin):
         return loss
 
     def _at_rung(self, network: str) -> AbstractContextManager[None]:
-        """The core at the rank of this update."""
+        """The core at the size of this update."""
         if network != "core":
             return nullcontext()
         core = self._the_core()
-        return core.at_rank(core.rung(self._now().info))
+        return core.at_rung(core.rung(self._now().info))
 
     # ---- the slots ----
 
     def _trained(self, phase: Phase) -> dict[str, nn.Parameter]:
         """The parameters that a phase trains, by name; in a "sum" update the core's own as core.<name>."""
-        network = self.core_model if phase.network == "core" else self.model
+        of_core = phase.network == "core"
+        parameters = self._the_core().all_parameters() if of_core else dict(self.model.named_parameters())
         held = {id(p) for p in self._step.held} if self._step is not None else set()
-        named = {n: p for n, p in network.named_parameters() if p.requires_grad or id(p) in held}
+        named = {n: p for n, p in parameters.items() if p.requires_grad or id(p) in held}
         if phase.network == "sum":
             own = self._the_core().own_parameters(self.model)
             named |= {f"core.{n}": p for n, p in own.items()}

@@ -73,11 +73,11 @@ def test_a_part_of_any_rank_computes_what_dense_weights_of_that_rank_do(name: st
         weight.data = (U[:, :rank] * S[:rank]) @ Vh[:rank]
         assert site.rank == 4
     expected = dense(**BATCH).logits
-    with core_mode(model, rank=rank):
+    with core_mode(model, rung=rank):
         found = model(**BATCH).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(extract_core(model, rank=rank)(**BATCH).logits, expected, rtol=1e-5, atol=1e-7)
-    dense_core = extract_core(model, "dense", rank=rank)
+    torch.testing.assert_close(extract_core(model, rung=rank)(**BATCH).logits, expected, rtol=1e-5, atol=1e-7)
+    dense_core = extract_core(model, "dense", rung=rank)
     torch.testing.assert_close(dense_core(**BATCH).logits, expected, rtol=1e-5, atol=1e-7)
     if rank < 4:  # and it is not the whole core
         with core_mode(model):
@@ -94,7 +94,7 @@ def test_a_part_multiplies_its_slices_only(monkeypatch: pytest.MonkeyPatch) -> N
         return linear(x, weight, bias)
 
     monkeypatch.setattr(F, "linear", noted)
-    with core_mode(model, rank=2):
+    with core_mode(model, rung=2):
         model(**BATCH)
     assert 2 in shapes and 4 not in shapes
 
@@ -103,14 +103,14 @@ def test_the_whole_core_is_back_after_a_part_ran_also_after_an_error() -> None:
     model = ladder().eval()
     with core_mode(model):
         whole = model(**BATCH).logits
-    with pytest.raises(ZeroDivisionError), core_mode(model, rank=1):
-        with core_mode(model, rank=2):
+    with pytest.raises(ZeroDivisionError), core_mode(model, rung=1):
+        with core_mode(model, rung=2):
             inner = model(**BATCH).logits
         outer = model(**BATCH).logits
         1 / 0  # noqa: B018
-    with core_mode(model, rank=1):
+    with core_mode(model, rung=1):
         assert torch.equal(model(**BATCH).logits, outer)
-    with core_mode(model, rank=2):
+    with core_mode(model, rung=2):
         assert torch.equal(model(**BATCH).logits, inner)
     with core_mode(model):
         assert torch.equal(model(**BATCH).logits, whole)
@@ -119,10 +119,10 @@ def test_the_whole_core_is_back_after_a_part_ran_also_after_an_error() -> None:
 @pytest.mark.parametrize("rank", [0, 5, -1, 0.0, 1.5])
 def test_a_rank_that_the_core_does_not_hold_is_refused(rank: float) -> None:
     model = ladder()
-    with pytest.raises(ValueError, match="no more directions than the whole"), core_mode(model, rank=rank):
+    with pytest.raises(ValueError, match="no more directions than the whole"), core_mode(model, rung=rank):
         pass
     with pytest.raises(ValueError, match="no more directions than the whole"):
-        extract_core(model, rank=rank)
+        extract_core(model, rung=rank)
 
 
 # ---- which rung, and what it moves ----
@@ -175,9 +175,9 @@ def test_without_its_mask_moments_of_the_largest_rung_would_move_what_a_rung_lea
 def test_a_rung_learns_in_ride_along_what_its_own_gradient_says(tmp_path: Path) -> None:
     """The gradient of an update at rank 1 is that of the extracted core of rank 1, and zero outside."""
     model = ladder(split_at=[]).train()
-    alone = extract_core(model, rank=1).train()
+    alone = extract_core(model, rung=1).train()
     alone(**BATCH).loss.backward()
-    with core_mode(model, rank=1):
+    with core_mode(model, rung=1):
         model(**BATCH).loss.backward()
         for name, p in model.named_parameters():
             expected = alone.get_parameter(name).grad
@@ -232,7 +232,7 @@ def test_fractions_are_of_each_layer_and_name_their_folder(tmp_path: Path) -> No
     export(model, tmp_path, core_format="dense")
     assert AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="core-r0.125")
     for path, site in get_core(model).sites.items():
-        with get_core(model).at_rank(0.125):
+        with get_core(model).at_rung(0.125):
             expected = max(1, round(0.125 * min(site.in_features, site.out_features)))
             assert get_core(model).model.get_submodule(path).active_rank == expected
 
@@ -250,7 +250,7 @@ def test_the_summary_and_the_card_have_every_rung(tmp_path: Path) -> None:
     model = ladder()
     summary = core_summary(model)
     for rank in (1, 2):
-        extracted = extract_core(model, rank=rank)
+        extracted = extract_core(model, rung=rank)
         assert summary.nested[f"r{rank}"].parameters == extracted.num_parameters()
     assert summary.nested["r1"].flops_per_token < summary.nested["r2"].flops_per_token < summary.core.flops_per_token
     assert "core-r1/full" in str(summary)
@@ -306,14 +306,14 @@ def test_a_ladder_that_makes_no_sense_is_refused(options: dict[str, Any], words:
     ],
 )
 def test_what_a_ladder_gives_no_meaning_is_refused_before_training(tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"several ranks|core that has one of its own"):
+    with pytest.raises(ValueError, match=r"several sizes|core that has one of its own"):
         MaskedTrainer(ladder(), arguments(tmp_path, **changes), train_dataset=rows())
     MaskedTrainer(tiny(core="free"), arguments(tmp_path, **changes), train_dataset=rows())
 
 
 def test_a_part_of_a_core_of_another_kind_is_refused() -> None:
     model = add_core(tiny(), DepthCoreConfig(keep=[0]))
-    with pytest.raises(ValueError, match="only low_rank"), core_mode(model, rank=1):
+    with pytest.raises(ValueError, match="no other smaller"), core_mode(model, rung=1):
         pass
 
 

@@ -21,17 +21,22 @@ import json, os, sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from common import fit, log, rows, tiny, values
+from architectures import architecture
+from common import fit, log, rows, values
 from safetensors.torch import save_file
 
 from hf_masked import get_cores
 
 folder, several = Path(sys.argv[1]), "WORLD_SIZE" in os.environ
 core = {"core": "low_rank", "core_config": {"rank": 4}}
+ride = {"name": "ride_along", "core_updates": 1.5, "start": 1}
 runs = {
-    "ride": core | {"schedule": {"name": "ride_along", "core_updates": 1.5, "start": 1}},
+    "ride": core | {"schedule": ride},
     "several": {"cores": {"small": {"rank": 4, "core_updates": 1.5, "start": 1}, "shallow": {"kind": "depth", "start": 2}}},
     "activation": {"core": "low_rank", "core_config": {"rank": 4, "init": "activation"}, "schedule": {"name": "ride_along", "start": 2}},
+    "ranks": {"core": "low_rank", "core_config": {"ranks": [1, 2, 4]}, "schedule": ride},
+    "widths": {"core": "width", "core_config": {"neurons": [0.25, 0.5]}, "schedule": ride},
+    "depths": {"core": "depth", "core_config": {"keep": [[1], [1, 2]]}, "schedule": ride},
     "layer_drop": {"method": "layer_drop", "method_config": {"keep": 0.5}},
     "alternate": core | {"schedule": "alternate"},
     "sum": core | {"schedule": "sum"},
@@ -42,7 +47,7 @@ runs = {
     "topk_ef": {"method": "topk_ef", "method_config": {"density": 0.1}},
 }
 for name, options in runs.items():
-    trainer = fit(folder / "run", tiny("gpt2").double(), **options, optim="sgd", learning_rate=0.05, max_steps=4,
+    trainer = fit(folder / "run", architecture("gpt2").build(n_layer=3 if name == "depths" else 2).double(), **options, optim="sgd", learning_rate=0.05, max_steps=4,
                   gradient_accumulation_steps=1 if several else 2, ddp_backend="gloo" if several else None,
                   trainer_options={"train_dataset": rows(16)})
     if trainer.is_world_process_zero():
@@ -59,7 +64,7 @@ TESTS = Path(__file__).resolve().parent
 
 
 NAMES = [
-    "ride", "several", "activation", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "topk_ef",
+    "ride", "several", "activation", "ranks", "widths", "depths", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "topk_ef",
 ]  # fmt: skip
 
 

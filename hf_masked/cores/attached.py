@@ -10,11 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .base import DEFAULT_NAME, Core, Rank
+from .base import DEFAULT_NAME, Core, Rung, tables
 from .modules import unwrap
 
-# what core_mode exchanges: a core of other sizes has a configuration of its own, an adapter what PEFT notes
-_EXCHANGED = ("_modules", "_parameters", "_buffers", "config", "peft_config", "_hf_peft_config_loaded")
 # what logs, metrics and folders have under these names already
 _TAKEN = (
     "full", "sum", "eval", "train", "test", "predict", "loss", "model", "samples", "steps", "runtime", "joint",
@@ -108,7 +106,7 @@ def check_name(name: str, others: dict[str, Any]) -> None:
 
 
 @contextmanager
-def core_mode(model: PreTrainedModel, rank: Rank | None = None, name: str | None = None) -> Iterator[PreTrainedModel]:
+def core_mode(model: PreTrainedModel, rung: Rung | None = None, name: str | None = None) -> Iterator[PreTrainedModel]:
     """Inside this context the model is its core: `forward`, `generate`, `save_pretrained`, `named_parameters`.
 
     May be nested; the full network is back afterwards, also after an exception. Not for two threads at once: the
@@ -116,41 +114,41 @@ def core_mode(model: PreTrainedModel, rank: Rank | None = None, name: str | None
     that want both call `get_core(model).model` directly.
 
     Args:
-        rank: run the part of that rank of a low-rank core, an int, or a fraction of min(in_features, out_features); what is
-            saved is the whole core, `extract_core(model, rank=...)` cuts it.
+        rung: run a smaller core inside the core: one of its `nested`; of a low-rank core any rank, an int, or a fraction of
+            min(in_features, out_features), though what is saved then is the whole core: `extract_core(model, rung=...)` cuts it.
         name: which of several cores.
 
-    Raises: ValueError without a core, or for a rank that it does not hold; RuntimeError when another thread is inside, or
+    Raises: ValueError without a core, or for a rung that it does not hold; RuntimeError when another thread is inside, or
         inside another core.
 
     Cost: none per layer; the model's tables of children are exchanged.
     """
     full = unwrap(model)
     core = get_core(full, name)
-    if core.active_thread == threading.get_ident():
-        with core.at_rank(rank):
-            yield model
-        return
-    if core.active_thread is not None:
+    inside = core.active_thread == threading.get_ident()
+    if core.active_thread is not None and not inside:
         raise RuntimeError(
             "got core_mode(model) from a second thread; needs one thread at a time, because the switch belongs to the "
             "model object; call get_core(model).model(...) instead, which switches nothing"
         )
-    if active := [other.name for other in get_cores(full).values() if other.active_thread is not None]:
+    if active := [
+        other.name for other in get_cores(full).values() if other is not core and other.active_thread is not None
+    ]:
         raise RuntimeError(
             f"got core_mode of {core.name!r} inside that of {active[0]!r}; needs one at a time, because the model is {active[0]!r} "
             f"now, not the full network; leave it first, or call get_core(model, {core.name!r}).model(...)"
         )
-    core.sync(full)
-    core.model.train(full.training)
-    theirs, mine = ({k: n.__dict__[k] for k in _EXCHANGED if k in n.__dict__} for n in (full, core.model))
-    core.active_thread = threading.get_ident()
-    full.__dict__.update(mine)
-    try:
-        with core.at_rank(rank):
+    if not inside:
+        core.sync(full)
+        core.model.train(full.training)
+    with core.at_rung(rung):
+        theirs, mine = tables(full), tables(core.model)
+        held, core.active_thread = core.active_thread, threading.get_ident()
+        full.__dict__.update(mine)
+        try:
             yield model
-    finally:
-        full.__dict__.update(theirs)
-        for only_mine in mine.keys() - theirs.keys():
-            del full.__dict__[only_mine]
-        core.active_thread = None
+        finally:
+            full.__dict__.update(theirs)
+            for only_mine in mine.keys() - theirs.keys():
+                del full.__dict__[only_mine]
+            core.active_thread = held

@@ -23,9 +23,11 @@ from ..typed import check_types, json_object
 from ..types import Mask, StepInfo
 from .modules import named_tensors, without_autocast
 
-Rank = int | float
+Rung = int | float | str  # a rank, or the name of a smaller core in `nested`
 Coupling = Literal["free", "shared"]
 ConfigType = TypeVar("ConfigType", bound="CoreConfig")
+# what core_mode exchanges: a core of other sizes has a configuration of its own, an adapter what PEFT notes
+_EXCHANGED = ("_modules", "_parameters", "_buffers", "config", "peft_config", "_hf_peft_config_loaded")
 # of the one core of a model, and what its metrics and folders are called by
 DEFAULT_NAME = "core"
 
@@ -106,6 +108,7 @@ class Core:
 
     name: str = DEFAULT_NAME  # among the cores of its model
     folder: str = "core"  # where an export puts it, beside the full model; that of a name of its own is called by it
+    loader: ClassVar[str] = "stock Transformers"
     formats: ClassVar[tuple[str, ...]] = ("dense",)  # what `extract` can make; the first is the default
 
     def __init__(
@@ -154,8 +157,10 @@ class Core:
 
     def loading_lines(self, class_name: str, where: str) -> list[str]:
         """The lines of Python with which a model card shows how to load the core."""
+        folders = {self.name: self.folder} | {f"{self.name}_{name}": f"{self.folder}-{name}" for name in self.nested}
         return [
-            f'{self.name} = {class_name}.from_pretrained("{where}", subfolder="{self.folder}")  # stock Transformers'
+            f'{name.replace(".", "_")} = {class_name}.from_pretrained("{where}", subfolder="{folder}")  # {self.loader}'
+            for name, folder in folders.items()
         ]
 
     def counterparts(self, full: nn.Module) -> dict[str, torch.Tensor]:
@@ -182,25 +187,37 @@ class Core:
         return None
 
     @property
-    def nested(self) -> dict[str, Rank]:
-        """Name -> rank of the smaller cores inside this one that are trained, evaluated (`eval_core_<name>_loss`) and
+    def nested(self) -> dict[str, Rung]:
+        """Name -> rung of the smaller cores inside this one that are trained, evaluated (`eval_core_<name>_loss`) and
         exported (`core-<name>/`) with it, increasing; empty for a core of one size. A core of a name of its own has that in place
         of `core`."""
         return {}
 
-    def rung(self, info: StepInfo) -> Rank | None:
-        """The rank that a core update runs at; None for the whole core."""
+    def rung(self, info: StepInfo) -> Rung | None:
+        """What a core update runs at, as `at_rung` takes it; None for the whole core."""
         return None
 
     @contextmanager
-    def at_rank(self, rank: Rank | None) -> Iterator[None]:
-        """Inside, `model`, `extract`, `write` and `weights` are of the part of that rank; None for the whole core."""
-        if rank is not None:
+    def at_rung(self, rung: Rung | None) -> Iterator[None]:
+        """Inside, `model`, `extract`, `write` and `weights` are of that smaller core; None for the whole one.
+
+        Raises: ValueError for one that this core does not hold.
+        """
+        if rung is not None:
             raise ValueError(
-                f"got rank={rank!r} for a core of the kind {self.config.kind!r}; needs none, because only low_rank has parts "
-                "of smaller rank; drop rank="
+                f"got rung={rung!r} for a core of the kind {self.config.kind!r}; needs one of {list(self.nested)}, because the "
+                "core holds no other smaller ones; drop rung=, or make the core with several ranks, neurons, heads or keep"
             )
         yield
+
+    @property
+    def networks(self) -> list[PreTrainedModel]:
+        """`model`, and the smaller ones where they have modules of their own."""
+        return [self.model]
+
+    def all_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the whole core by name, whichever rung `model` is at."""
+        return dict(self.model.named_parameters())
 
     # ---- what all kinds have in common ----
 
@@ -231,3 +248,8 @@ def require(condition: bool, name: str, value: object, rule: str, reason: str) -
     """Refuse a value of a core's configuration by name, with the rule and the reason."""
     if not condition:
         raise ValueError(f"got {name}={value!r}; needs {rule}, because {reason}; set it in --core_config")
+
+
+def tables(network: nn.Module) -> dict[str, Any]:
+    """What makes a network this one among those of its class: its children, its tensors, its configuration."""
+    return {name: vars(network)[name] for name in _EXCHANGED if name in vars(network)}

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .base import Core, CoreConfig, require
-from .ladder import RUNG_SAMPLINGS, RungSampling
+from .ladder import RungSampling, check_sampling
 
 PRIVATE = ("none", "norms", "biases", "embeddings", "all")
 
@@ -109,8 +109,7 @@ class LowRankCoreConfig(CoreConfig):
         for name, absent in (("rank", LowRankCoreConfig.rank), ("rank_pattern", {}), ("budget", None)):
             require(getattr(self, name) == absent, name, getattr(self, name), "none beside ranks",
                      "the rungs are the ranks of every target; exclude_modules leaves single ones dense")  # fmt: skip
-        require(self.rung_sampling in RUNG_SAMPLINGS, "rung_sampling", self.rung_sampling, f"one of {RUNG_SAMPLINGS}",
-                 "it says which rung a core update runs at")  # fmt: skip
+        check_sampling(self.rung_sampling)
 
     @property
     def private_parameters(self) -> str:

@@ -1,7 +1,7 @@
 """The depth core: some of the full network's blocks, and all that is around them."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -9,9 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .base import Core, CoreConfig, require
+from .ladder import RungSampling, check_sampling, rung_values
 from .resized import Changes, Part, ResizedCore, skeleton, sub_configs
 
 Keep = float | list[int]
+Ladder = list[float] | list[list[int]]
 # what transformers' configs call the number of blocks of a stack
 _COUNTS = (
     "num_hidden_layers",
@@ -22,6 +24,7 @@ _COUNTS = (
     "encoder_layers",
     "decoder_layers",
 )
+_KEEPS = ("keep", "keep_encoder", "keep_decoder")
 # what a block has for where it stands, or for how it is run; T5's first block has the position biases of all
 _OF_ITS_PLACE = ("layer_idx", "has_relative_attention_bias", "training", "gradient_checkpointing")
 
@@ -34,6 +37,11 @@ class DepthCoreConfig(CoreConfig):
         keep: which blocks of each stack: a fraction in (0, 1], spread evenly from the first block to the last, or a
             list of increasing block numbers from 0 on.
         keep_encoder, keep_decoder: the same for the one stack of an encoder-decoder model; default: as `keep`.
+            A list of fractions, or of lists, for any of them is a ladder of nested depths in one core, increasing: the last is
+            the core, a shallower rung has some of its blocks (of a fraction, spread evenly over them). Every core update runs at
+            one of them, and each is evaluated (`eval_core_k0.25_loss`; of a list, k and its length) and exported
+            (`core-k0.25/`).
+        rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
         coupling: "free" (copies of what is kept) or "shared" (the full network's own parameters: a core step is the
             template with dx = - all that the dropped blocks add, p = 0 on them; where a block ends in a norm (BERT,
             BART), which is not one of 0, the core leaves that out too and is no displaced full network).
@@ -55,57 +63,112 @@ class DepthCoreConfig(CoreConfig):
 
     kind: ClassVar[str] = "depth"
 
-    keep: Keep = 0.5
-    keep_encoder: Keep | None = None
-    keep_decoder: Keep | None = None
+    keep: Keep | Ladder = 0.5
+    keep_encoder: Keep | Ladder | None = None
+    keep_decoder: Keep | Ladder | None = None
+    rung_sampling: RungSampling = "sandwich"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("keep", "keep_encoder", "keep_decoder"):
+        for name in _KEEPS:
             value = getattr(self, name)
-            if isinstance(value, list):
-                legal = bool(value) and all(isinstance(i, int) and i >= 0 for i in value)
-                legal = legal and all(a < b for a, b in pairwise(value))
-            else:
-                legal = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
-            require(legal or (value is None and name != "keep"), name, value,
-                    "a fraction in (0.0, 1.0], or a list of increasing block numbers >= 0",
-                    "it says which blocks the core has")  # fmt: skip
+            for one in value if _is_ladder(value) else [value]:
+                require(_is_keep(one) or (one is None and name != "keep"), name, one,
+                        "a fraction in (0.0, 1.0], or a list of increasing block numbers >= 0",
+                        "it says which blocks the core has")  # fmt: skip
+            if _is_ladder(value):
+                lists = all(isinstance(one, list) for one in value)
+                alike = lists or not any(isinstance(one, list) for one in value)
+                nested = alike and all(set(a) < set(b) if lists else a < b for a, b in pairwise(value))
+                require(nested, name, value, "increasing fractions, or lists each of whose blocks are some of the next's",
+                        "every rung is part of the next")  # fmt: skip
+        check_sampling(self.rung_sampling)
+        self._values()
+
+    def _values(self) -> list[dict[str, Any]]:
+        return rung_values({name: (getattr(self, name), _is_ladder(getattr(self, name))) for name in _KEEPS})
+
+    @property
+    def rungs(self) -> dict[str, "DepthCoreConfig"]:
+        """Name -> config of each rung of a ladder, the largest last; empty for a core of one size."""
+
+        def name(values: dict[str, Any]) -> str:
+            lists = {option: values[option] for option in _KEEPS if _is_ladder(getattr(self, option))}
+            sizes = {option: len(one) if isinstance(one, list) else one for option, one in lists.items()}
+            return "".join(f"{option.removeprefix('keep_')[0]}{size}" for option, size in sizes.items())
+
+        return {name(values): replace(self, **values) for values in self._values()}
 
     def blocks(self, stack: str, count: int) -> list[int]:
-        """Which of the `count` blocks of a stack (by its module path) are kept.
+        """Which of the `count` blocks of a stack (by its module path) are kept; of a ladder, in its largest rung.
 
         Raises: ValueError for a number beyond the last block.
         """
+        return self.ladder(stack, list(range(count)))[-1]
+
+    def ladder(self, stack: str, blocks: list[int]) -> list[list[int]]:
+        """The same for every rung, each part of the next; one of a core of one size."""
         words = stack.split(".")
         own = self.keep_encoder if "encoder" in words else self.keep_decoder if "decoder" in words else None
-        keep = self.keep if own is None else own
-        if not isinstance(keep, list):
-            kept = max(1, round(keep * count))
-            return [round(i * (count - 1) / max(1, kept - 1)) for i in range(kept)]
-        if keep[-1] >= count:
+        keep: Any = self.keep if own is None else own
+        kept: list[list[int]] = []
+        for one in reversed(keep) if _is_ladder(keep) else [keep] * max(1, len(self._values())):
+            if isinstance(one, list):
+                if one[-1] >= len(blocks):
+                    raise ValueError(
+                        f"got keep={one} for the {len(blocks)} blocks of {stack}; needs numbers below {len(blocks)}, because "
+                        "they count from 0; set keep, keep_encoder or keep_decoder in --core_config"
+                    )
+                kept.append(one)
+            else:
+                among = kept[-1] if kept else blocks
+                kept.append([among[i] for i in _spread(len(among), max(1, round(one * len(blocks))))])
+        return kept[::-1]
+
+    def _refuse(self, full: PreTrainedModel, counts: dict[str, tuple[str, str]]) -> None:
+        if not counts:
             raise ValueError(
-                f"got keep={keep} for the {count} blocks of {stack}; needs numbers below {count}, because they count from "
-                "0; set keep, keep_encoder or keep_decoder in --core_config"
+                f"got a {type(full).__name__}, none of whose config's numbers counts a stack of blocks; needs one of "
+                f"{_COUNTS}, because the core is exported with a smaller one; set --core low_rank"
             )
-        return keep
+        for name, word in (("keep_encoder", "encoder"), ("keep_decoder", "decoder")):
+            if getattr(self, name) is not None and not any(word in path.split(".") for path in counts):
+                raise ValueError(
+                    f"got {name}={getattr(self, name)} for a {type(full).__name__}; needs a model with an {word}, because its "
+                    f"stacks are {sorted(counts)}; set keep in --core_config"
+                )
 
     def build(self, model: PreTrainedModel) -> Core:
-        return DepthCore(model, self)
+        counts = _counts(model)
+        self._refuse(model, counts)
+        stacks = {path: list(range(_length(model, path))) for path in counts}
+        ladders = {path: self.ladder(path, blocks) for path, blocks in stacks.items()}
+        core = DepthCore(model, self, {path: kept[-1] for path, kept in ladders.items()})
+        shared = self.coupling == "shared"
+        rungs: dict[str, ResizedCore] = {}
+        for number, (name, rung) in enumerate([*self.rungs.items()][:-1]):
+            kept = {path: of[number] for path, of in ladders.items()}
+            later = {path: of[number + 1] for path, of in ladders.items()}
+            require(kept != later, "keep", self.keep, "rungs of different blocks", f"two of them have {kept}")
+            rungs[name] = DepthCore(
+                model if shared else core.model,
+                replace(rung, coupling="shared"),
+                kept if shared else {path: [core.kept[path].index(i) for i in of] for path, of in kept.items()},
+            )
+        core._hold(rungs)
+        return core
 
 
 class DepthCore(ResizedCore):
     """`kept`: module path of each stack of blocks -> the numbers of the blocks that the core has."""
 
-    def __init__(self, full: PreTrainedModel, config: DepthCoreConfig):
-        counts = _counts(full)
-        self._refuse(full, config, counts)
-        stacks = {path: full.get_submodule(path) for path in counts}
-        self.kept = {path: config.blocks(path, len(stack)) for path, stack in stacks.items()}  # type: ignore[arg-type]
-        if all(len(kept) == len(stacks[path]) for path, kept in self.kept.items()):  # type: ignore[arg-type]
+    def __init__(self, full: PreTrainedModel, config: DepthCoreConfig, kept: dict[str, list[int]]):
+        counts, self.kept = _counts(full), kept
+        lengths = {path: _length(full, path) for path in kept}
+        if all(len(blocks) == lengths[path] for path, blocks in kept.items()):
             raise ValueError(
-                f"got keep={config.keep} for stacks of {[len(s) for s in stacks.values()]} blocks; needs fewer in one, "  # type: ignore[arg-type]
-                "because the core would be the full network; set keep in --core_config"
+                f"got keep={config.keep} for stacks of {[*lengths.values()]} blocks; needs fewer in one, because the core would "
+                "be the full network, or a rung the next one; set keep in --core_config"
             )
         names = {name for name, _ in (*full.named_parameters(remove_duplicate=False), *full.named_buffers())}
 
@@ -139,22 +202,29 @@ class DepthCore(ResizedCore):
                         "transformers has to load the core; set another keep in --core_config"
                     )
 
-    @staticmethod
-    def _refuse(full: PreTrainedModel, config: DepthCoreConfig, counts: dict[str, tuple[str, str]]) -> None:
-        if not counts:
-            raise ValueError(
-                f"got a {type(full).__name__}, none of whose config's numbers counts a stack of blocks; needs one of "
-                f"{_COUNTS}, because the core is exported with a smaller one; set --core low_rank"
-            )
-        for name, word in (("keep_encoder", "encoder"), ("keep_decoder", "decoder")):
-            if getattr(config, name) is not None and not any(word in path.split(".") for path in counts):
-                raise ValueError(
-                    f"got {name}={getattr(config, name)} for a {type(full).__name__}; needs a model with an {word}, because its "
-                    f"stacks are {sorted(counts)}; set keep in --core_config"
-                )
-
     def fingerprint(self) -> dict[str, Any]:
-        return {"kept": self.kept, "coupling": self.config.coupling}
+        return {"kept": self.kept, "coupling": self.config.coupling} | self._ladder_fingerprint()
+
+
+def _is_keep(value: object) -> bool:
+    if isinstance(value, list):
+        numbers = bool(value) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)
+        return numbers and all(a < b for a, b in pairwise(value))
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _is_ladder(value: Any) -> bool:
+    """Whether a value is of several rungs: a list of fractions or of lists, where one of numbers is of blocks."""
+    return isinstance(value, list) and any(isinstance(one, float | list) for one in value)
+
+
+def _spread(count: int, kept: int) -> list[int]:
+    """Evenly from the first to the last."""
+    return [round(i * (count - 1) / max(1, kept - 1)) for i in range(kept)]
+
+
+def _length(model: PreTrainedModel, path: str) -> int:
+    return len(model.get_submodule(path))  # type: ignore[arg-type]
 
 
 def _counts(full: PreTrainedModel) -> dict[str, tuple[str, str]]:
@@ -179,7 +249,7 @@ def _lists(model: nn.Module) -> dict[str, int]:
 def _changes(full: PreTrainedModel, counts: dict[str, tuple[str, str]], kept: dict[str, list[int]]) -> Changes:
     changes: Changes = {}
     for path, (part, name) in counts.items():
-        count = len(full.get_submodule(path))  # type: ignore[arg-type]
+        count = _length(full, path)
         changes.setdefault(part, {}).update(
             _with_layer_lists(full, part, {name: len(kept[path])}, count, kept[path])[part]
         )

@@ -1,19 +1,50 @@
-"""A ladder of ranks in one core: which rung a core update runs at, and which entries of A and B it may move.
+"""A ladder of cores, each inside the next: which rung a core update runs at, and what it may move.
 
-With A (r, n) and B (m, r), the rung of rank k <= r is  x -> B[:, :k] (A[:k] x) + b: its directions are the first k of
+Of narrower or shallower networks (`resized.py`) a rung is a core of the core, on the same parameters. Of ranks: with A (r, n) and B (m, r), the rung of rank k <= r is  x -> B[:, :k] (A[:k] x) + b: its directions are the first k of
 every larger rung, and at a split they are the k largest singular ones.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from ..types import StepInfo
+from .base import require
 
 RungSampling = Literal["sandwich", "round_robin"]
 RUNG_SAMPLINGS: tuple[RungSampling, ...] = ("sandwich", "round_robin")
+
+
+def check_sampling(sampling: str) -> None:
+    """Refuse another `rung_sampling`.
+
+    Raises: ValueError.
+    """
+    require(sampling in RUNG_SAMPLINGS, "rung_sampling", sampling, f"one of {RUNG_SAMPLINGS}",
+            "it says which rung a core update runs at")  # fmt: skip
+
+
+def rung_values(options: Mapping[str, tuple[object, bool]]) -> list[dict[str, Any]]:
+    """The options of every rung, where some have a value for each and the others one for all; none without a ladder.
+
+    Args: `options`: name -> (its value, whether that is a list of one per rung).
+
+    Raises: ValueError for lists of different lengths.
+
+    >>> rung_values({"neurons": ([0.25, 0.5], True), "heads": (1.0, False)})
+    [{'neurons': 0.25, 'heads': 1.0}, {'neurons': 0.5, 'heads': 1.0}]
+    """
+    lists: dict[str, Any] = {name: value for name, (value, many) in options.items() if many}
+    if not lists:
+        return []
+    first, *others = lists
+    for other in others:
+        require(len(lists[other]) == len(lists[first]), other, lists[other], f"as many values as {first}={lists[first]}",
+                "each rung takes one of either")  # fmt: skip
+    fixed = {name: value for name, (value, many) in options.items() if not many}
+    return [fixed | {name: values[i] for name, values in lists.items()} for i in range(len(lists[first]))]
 
 
 def choose_rung(rungs: int, sampling: RungSampling, info: StepInfo) -> int:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..types import Mask, StepInfo
 from .activations import best_weighted, input_moments
-from .base import Rank
+from .base import Rung
 from .config import LowRankCoreConfig
 from .ladder import RungMask, choose_rung
 from .linear import FactorizedLinear, MergedLinear, MergingCore, best_rank_r, put_dense, random_factors
@@ -43,6 +43,7 @@ class LowRankCore(MergingCore):
     """
 
     formats = ("factorized", "dense")
+    loader = "after import hf_masked"
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class LowRankCore(MergingCore):
         super().__init__(model, config, frozen)
         self.by_activation = config.init == "activation"
         self.sites, self.untied, self.calibrated = sites, untied, calibrated
-        self._rungs: list[Rank] = list(config.ranks or [])
+        self._rungs: list[Rung] = list(config.ranks or [])
         self._rung_sampling = config.rung_sampling
 
     def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
@@ -124,21 +125,24 @@ class LowRankCore(MergingCore):
     # ---- a ladder of ranks ----
 
     @property
-    def nested(self) -> dict[str, Rank]:
+    def nested(self) -> dict[str, Rung]:
         return {f"r{rank}": rank for rank in self._rungs[:-1]}
 
-    def rung(self, info: StepInfo) -> Rank | None:
+    def rung(self, info: StepInfo) -> Rung | None:
         if not self.nested:
             return None
         return self._rungs[choose_rung(len(self._rungs), self._rung_sampling, info)]
 
-    def ranks_at(self, rank: Rank | None) -> dict[str, int]:
+    def ranks_at(self, rung: Rung | None) -> dict[str, int]:
         """Module path -> rank of the part of that rank; a layer that holds less has what it holds.
 
         Raises: ValueError for a rank below 1, or one that no layer holds.
         """
-        if rank is None:
+        if rung is None:
             return self.ranks
+        rank = self.nested.get(rung, rung) if isinstance(rung, str) else rung
+        if isinstance(rank, str):
+            raise self._holds_no(rung)
         share = isinstance(rank, float)
         wanted = {
             path: max(1, round(rank * min(site.in_features, site.out_features))) if share else int(rank)
@@ -147,16 +151,20 @@ class LowRankCore(MergingCore):
         if not 0 < rank <= (1 if share else max(self.ranks.values())) or all(
             wanted[p] > r for p, r in self.ranks.items()
         ):
-            raise ValueError(
-                f"got rank={rank!r} of a core of ranks up to {max(self.ranks.values())}; needs an integer >= 1 or a fraction in "
-                "(0.0, 1.0] within that, because a part has no more directions than the whole; lower rank="
-            )
+            raise self._holds_no(rung)
         return {path: min(wanted[path], held) for path, held in self.ranks.items()}
 
+    def _holds_no(self, rung: Rung) -> ValueError:
+        return ValueError(
+            f"got rung={rung!r} of a core of ranks up to {max(self.ranks.values())}; needs an integer >= 1 or a fraction in "
+            f"(0.0, 1.0] within that, or one of {list(self.nested)}, because a part has no more directions than the whole; "
+            "lower rung="
+        )
+
     @contextmanager
-    def at_rank(self, rank: Rank | None) -> Iterator[None]:
+    def at_rung(self, rung: Rung | None) -> Iterator[None]:
         before = self._running()
-        self._run_at(self.ranks_at(rank))
+        self._run_at(self.ranks_at(rung))
         try:
             yield
         finally:
@@ -184,13 +192,7 @@ class LowRankCore(MergingCore):
 
     def loading_lines(self, class_name: str, where: str) -> list[str]:
         comment = "import hf_masked  # the core's linear layers are factorised; this teaches Transformers to load them"
-        folders = [self.folder, *(f"{self.folder}-{name}" for name in self.nested)]
-        variables = [self.name, *(f"{self.name}_{name.replace('.', '_')}" for name in self.nested)]
-        lines = [
-            f'{variable} = {class_name}.from_pretrained("{where}", subfolder="{folder}")'
-            for variable, folder in zip(variables, folders, strict=True)
-        ]
-        return [comment, "", *lines]
+        return [comment, "", *super().loading_lines(class_name, where)]
 
     def counterparts(self, full: nn.Module) -> dict[str, torch.Tensor]:
         theirs = super().counterparts(full)

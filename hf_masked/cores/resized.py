@@ -5,7 +5,8 @@ network's own, copies of them, or cuts. So whatever it computes, stock transform
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,8 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..types import Mask, StepInfo
-from .base import Core, CoreConfig
+from .base import Core, CoreConfig, Rung, tables
+from .ladder import RungSampling, choose_rung
 from .modules import parameter_sites
 
 Changes = dict[str, dict[str, Any]]
@@ -82,6 +84,8 @@ class ResizedCore(Core):
 
     def __init__(self, full: PreTrainedModel, config: CoreConfig, changes: Changes, part: Callable[[str], Part]):
         self.changes = changes
+        self.rungs: dict[str, ResizedCore] = {}
+        self._running: ResizedCore | None = None
         model = skeleton(full, changes)
         self.parts = {name: part(name) for name in _names(model)}
         theirs = _tensors(full)
@@ -111,6 +115,53 @@ class ResizedCore(Core):
                 module._parameters[name] = theirs[part.name]  # type: ignore[assignment]
                 parametrize.register_parametrization(module, name, _Cut(part), unsafe=True)
 
+    # ---- a ladder: smaller cores of this one, on its parameters ----
+
+    def _hold(self, rungs: dict[str, "ResizedCore"]) -> None:
+        """Take in smaller cores by name, increasing, each of coupling "shared" with this one or with its full network."""
+        self.rungs = rungs
+        self._whole, self._parameters = tables(self.model), dict(self.model.named_parameters())
+
+    @property
+    def nested(self) -> dict[str, Rung]:
+        return {name: name for name in self.rungs}
+
+    def rung(self, info: StepInfo) -> Rung | None:
+        if not self.rungs:
+            return None
+        sampling: RungSampling = self.config.rung_sampling  # type: ignore[attr-defined]
+        return [*self.rungs, None][choose_rung(1 + len(self.rungs), sampling, info)]
+
+    @contextmanager
+    def at_rung(self, rung: Rung | None) -> Iterator[None]:
+        if not self.rungs or (rung is not None and rung not in self.rungs):
+            with super().at_rung(rung):
+                yield
+            return
+        before = self._running
+        self._run_as(None if rung is None else self.rungs[str(rung)])
+        try:
+            yield
+        finally:
+            self._run_as(before)
+
+    def _run_as(self, rung: "ResizedCore | None") -> None:
+        vars(self.model).update(self._whole if rung is None else tables(rung.model))
+        self.model.train(self.model.training)
+        self._running = rung
+
+    def _ladder_fingerprint(self) -> dict[str, Any]:
+        sampling = getattr(self.config, "rung_sampling", None)
+        rungs = {name: rung.fingerprint() for name, rung in self.rungs.items()}
+        return {"ladder": {"rungs": rungs, "rung_sampling": sampling}} if rungs else {}
+
+    @property
+    def networks(self) -> list[PreTrainedModel]:
+        return [self.model, *(rung.model for rung in self.rungs.values())]
+
+    def all_parameters(self) -> dict[str, nn.Parameter]:
+        return self._parameters if self.rungs else super().all_parameters()
+
     # ---- the contract ----
 
     def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
@@ -137,6 +188,9 @@ class ResizedCore(Core):
         return extracted.train(self.model.training)
 
     def weights(self) -> Iterable[torch.Tensor]:
+        if self._running is not None:
+            yield from self._running.weights()
+            return
         buffers = _buffers(self.model)
         for name in self.parts:
             if name not in buffers:
@@ -149,25 +203,39 @@ class ResizedCore(Core):
 
     def sync(self, full: nn.Module) -> None:
         """Also lets changes of the full model's config (attention implementation, special tokens, ...) reach the core."""
-        mine, theirs = sub_configs(self.model.config), sub_configs(full.config)  # type: ignore[arg-type]
-        for name, config in mine.items():
-            # the core is whole where the full network is sharded
-            own = {*self.changes.get(name, {}), *(part for part in mine if part), "distributed_config"}
-            vars(config).update({k: v for k, v in vars(theirs[name]).items() if k not in own})
-        super().sync(full)
+        with self.at_rung(None):
+            mine, theirs = sub_configs(self.model.config), sub_configs(full.config)  # type: ignore[arg-type]
+            for name, config in mine.items():
+                # the core is whole where the full network is sharded
+                own = {*self.changes.get(name, {}), *(part for part in mine if part), "distributed_config"}
+                vars(config).update({k: v for k, v in vars(theirs[name]).items() if k not in own})
+            super().sync(full)
+        for rung in self.rungs.values():
+            rung.sync(full if self.config.coupling == "shared" else self.model)
 
-    def update_mask(self) -> Mask | None:
-        inside = {}
+    def _inside(self) -> dict[int, Part | None]:
+        """id of each parameter that this network runs with -> the part of it that it has; None for all of it."""
+        inside: dict[int, Part | None] = {id(p): None for p in self.model.parameters()}
         for name, part in self.parts.items():
             path, _, last = name.rpartition(".")
             lists = getattr(self.model.get_submodule(path), "parametrizations", {})
             if last in lists:
-                inside[f"{path}.parametrizations.{last}.original"] = part
+                inside[id(lists[last].original)] = part
+        return inside
+
+    def update_mask(self) -> Mask | None:
+        inside = {name: rung._inside() for name, rung in self.rungs.items()}
+        whole, names = self._inside(), {name: id(p) for name, p in self.model.named_parameters()}
+        if not inside and not any(whole.values()):
+            return None
 
         def mask(info: StepInfo, gradients: Any) -> dict[str, torch.Tensor | bool]:
-            return {name: part.inside(gradients[name]) for name, part in inside.items() if name in gradients}
+            has = inside.get(str(self.rung(info)), whole)
+            parts = {name: has.get(names[name]) for name in gradients}
+            cut = {name: part.inside(gradients[name]) for name, part in parts.items() if part is not None}
+            return cut | {name: False for name in gradients if names[name] not in has}
 
-        return mask if inside else None
+        return mask
 
 
 def sub_configs(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:

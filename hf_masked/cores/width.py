@@ -7,7 +7,8 @@ tensor-parallel plan that the class comes with.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .base import Core, CoreConfig, require
+from .ladder import RungSampling, check_sampling, rung_values
 from .resized import Changes, Part, ResizedCore, skeleton, sub_configs
 
 # what transformers' configs call the width of the feed-forward layers
@@ -32,6 +34,10 @@ class WidthCoreConfig(CoreConfig):
         neurons: of each feed-forward layer, a fraction in (0, 1] or a number >= 1.
         heads: of each attention layer, a fraction in (0, 1] or a number >= 1 of heads; with grouped queries, of whole
             groups: a key-value head and all of its query heads.
+            A list of either, or of both, is a ladder of nested widths in one core, increasing: the last is the core, a narrower
+            rung has the first of its neurons and heads. Every core update runs at one of them, and each is evaluated
+            (`eval_core_n0.25_loss`) and exported (`core-n0.25/`).
+        rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
         order: which are kept: "first", or "magnitude": those of the largest weights. With coupling "shared" the full
             network's are put in that order once, which leaves its function as it was (to rounding).
         coupling: "free" (copies of what is kept) or "shared" (the core multiplies slices of the full network's own
@@ -53,22 +59,46 @@ class WidthCoreConfig(CoreConfig):
 
     kind: ClassVar[str] = "width"
 
-    neurons: float | int = 0.5
-    heads: float | int = 1.0
+    neurons: float | int | list[float] | list[int] = 0.5
+    heads: float | int | list[float] | list[int] = 1.0
     order: Literal["first", "magnitude"] = "first"
+    rung_sampling: RungSampling = "sandwich"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("neurons", "heads"):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            legal = number and (value >= 1 if isinstance(value, int) else 0 < value <= 1)
-            require(legal, name, value, "a fraction in (0.0, 1.0], or an integer >= 1", "it says how many are kept")
+            for one in value if isinstance(value, list) else [value]:
+                number = isinstance(one, int | float) and not isinstance(one, bool)
+                legal = number and (one >= 1 if isinstance(one, int) else 0 < one <= 1)
+                require(legal, name, one, "a fraction in (0.0, 1.0], or an integer >= 1", "it says how many are kept")
+            if isinstance(value, list):
+                alike = len({type(one) for one in value}) == 1 and value == sorted(value)
+                require(alike, name, value, "increasing integers, or increasing fractions", "every rung is part of the next, "
+                        "and numbers and fractions have no order that holds for all layers")  # fmt: skip
+        check_sampling(self.rung_sampling)
+        require(all(a != b for a, b in pairwise(self._sizes())), "neurons", self.neurons, "rungs of different sizes, by heads too",
+                "each is a core of its own")  # fmt: skip
         require(self.order in ("first", "magnitude"), "order", self.order, "'first' or 'magnitude'",
                 "it says which are kept")  # fmt: skip
 
+    def _sizes(self) -> list[dict[str, Any]]:
+        values = {name: getattr(self, name) for name in ("neurons", "heads")}
+        return rung_values({name: (value, isinstance(value, list)) for name, value in values.items()})
+
+    @property
+    def rungs(self) -> dict[str, "WidthCoreConfig"]:
+        """Name -> config of each rung of a ladder, the largest last; empty for a core of one size."""
+        lists = [name for name in ("neurons", "heads") if isinstance(getattr(self, name), list)]
+        return {"".join(f"{name[0]}{one[name]}" for name in lists): replace(self, **one) for one in self._sizes()}
+
     def build(self, model: PreTrainedModel) -> Core:
-        return WidthCore(model, self)
+        *smaller, last = [*self.rungs.items()] or [("", self)]
+        core = WidthCore(model, self, sizes(model, last[1]))
+        source = model if self.coupling == "shared" else core.model
+        parts = {name: replace(rung, coupling="shared", order="first") for name, rung in smaller}
+        core._hold({name: WidthCore(source, rung, sizes(model, rung)) for name, rung in parts.items()})
+        return core
 
 
 @dataclass(frozen=True)
@@ -93,11 +123,15 @@ class Cut:
         return tuple(start + i for start in starts for i in range(piece))
 
 
+Sizes = tuple[Changes, Changes]
+"""What a config says of fewer neurons, and of fewer heads."""
+
+
 class WidthCore(ResizedCore):
     """`cuts`: which dimensions of which tensors hold the neurons and heads."""
 
-    def __init__(self, full: PreTrainedModel, config: WidthCoreConfig):
-        neurons, heads = _fewer_neurons(full, config), _fewer_heads(full, config)
+    def __init__(self, full: PreTrainedModel, config: WidthCoreConfig, sizes: Sizes):
+        neurons, heads = sizes
         changes = {part: neurons.get(part, {}) | heads.get(part, {}) for part in (neurons | heads)}
         self.cuts = [*_neuron_cuts(full, neurons), *_head_cuts(full, heads)]
         if not self.cuts:
@@ -126,7 +160,9 @@ class WidthCore(ResizedCore):
         orders = {}
         if self.config.order == "magnitude" and self.config.coupling == "free":
             kept = {cut.group: cut.kept for cut in self.cuts}
-            orders = {group: sorted(order[: kept[group]]) for group, order in self._orders(full).items()}
+            orders = {group: order[: kept[group]] for group, order in self._orders(full).items()}
+            if not self.config.rungs:  # a narrower rung takes the first, so the largest
+                orders = {group: sorted(order) for group, order in orders.items()}
         names = [*dict(full.named_parameters(remove_duplicate=False)), *dict(full.named_buffers())]
         kept_of: dict[str, list[tuple[int, tuple[int, ...]]]] = {name: [] for name in names}
         for cut in self.cuts:
@@ -156,7 +192,8 @@ class WidthCore(ResizedCore):
         return super().split(full)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"sizes": self.changes, "order": self.config.order, "coupling": self.config.coupling}
+        made = {"sizes": self.changes, "order": self.config.order, "coupling": self.config.coupling}
+        return made | self._ladder_fingerprint()
 
 
 def unit_cuts(model: PreTrainedModel) -> list[Cut]:
@@ -170,7 +207,15 @@ def unit_cuts(model: PreTrainedModel) -> list[Cut]:
     return [*_neuron_cuts(model, _fewer_neurons(model, one)), *_head_cuts(model, heads)]
 
 
-def _resolve(value: float | int, count: int, name: str) -> int:
+def sizes(full: PreTrainedModel, config: WidthCoreConfig) -> Sizes:
+    """The sizes of a core of one size, as the config of the model says them.
+
+    Raises: ValueError for more than there are, and for fewer heads of a model that cannot say so.
+    """
+    return _fewer_neurons(full, config), _fewer_heads(full, config)
+
+
+def _resolve(value: Any, count: int, name: str) -> int:
     kept = max(1, round(value * count)) if isinstance(value, float) else value
     if kept > count:
         raise ValueError(
@@ -199,18 +244,20 @@ def _fewer_heads(full: PreTrainedModel, config: WidthCoreConfig) -> Changes:
     if config.heads == 1.0 and isinstance(config.heads, float):
         return {}
     changes: Changes = {}
+    told = False
     for part, sub_config in sub_configs(full.config).items():
         for heads, groups, size in _HEADS:
             count = vars(sub_config).get(heads)
             if count is None or size not in vars(sub_config):
                 continue
+            told = True
             group_count = (vars(sub_config).get(groups) if groups else None) or count
             kept = _resolve(config.heads, group_count, "heads")
             width = vars(sub_config)[size] or sub_config.hidden_size // count
             fewer = {heads: kept * (count // group_count), size: width} | ({groups: kept} if groups else {})
             if kept < group_count:
                 changes[part] = fewer
-    if not changes:
+    if not told:
         raise ValueError(
             f"got heads={config.heads} for a {type(full).__name__}; needs heads=1.0, because its config cannot say fewer heads of "
             "the same size (it has no head_dim), so stock transformers could not load the core; set heads in --core_config"
