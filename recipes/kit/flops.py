@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
+
+from hf_masked import StepInfo, get_core
+
+# core updates of a ladder whose mean cost is taken: whole cycles of up to 8 rungs in turn, many of a sandwich's three
+DRAWN = 840
 
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
@@ -77,3 +83,17 @@ def step_costs(full: PreTrainedModel, core: PreTrainedModel, batches: Sequence[d
         model.train(training)
         model.zero_grad(set_to_none=True)
     return costs
+
+
+def ladder_costs(full: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> StepCosts:
+    """The same for a model with a core; of a core of several sizes the core's step is the mean over those its updates run at."""
+    core = get_core(full)
+    if not core.nested:
+        return step_costs(full, core.model, batches)
+    drawn = Counter(core.rung(StepInfo(0, 1, turn=turn)) for turn in range(DRAWN))
+    costs = {}
+    for rung in drawn:
+        with core.at_rung(rung):
+            costs[rung] = step_costs(full, core.model, batches)
+    mean = sum(costs[rung].core * count for rung, count in drawn.items()) // DRAWN
+    return replace(next(iter(costs.values())), core=mean)

@@ -12,13 +12,13 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_masked import LoraCoreConfig, add_core, core_summary, get_core
+from hf_masked import LoraCoreConfig, add_core, core_summary
 from hf_masked.export import check_writable
 
 from .arguments import RecipeArguments
 from .arms import Arm, comparison_arms, joint_arm
 from .compare import choose_scales, core_ahead, run_arms, undertrained, with_requirements
-from .flops import step_costs
+from .flops import ladder_costs
 from .machine import hardware, versions
 from .networks import NetworkReport, describe_networks
 from .plots import plot_comparison, plot_losses
@@ -105,7 +105,7 @@ def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm
     if not args.compare:
         return [joint_arm(training_args.max_steps, training_args.schedule)]
     size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    costs = step_costs(model, get_core(model).model, task.batches(size))
+    costs = ladder_costs(model, task.batches(size))
     joint = joint_arm(training_args.max_steps, training_args.schedule, costs)
     arms = comparison_arms(training_args.max_steps, costs, joint, config.to_dict(), args.compare_distill_weight)
     return with_requirements(arms, args.compare_arms)

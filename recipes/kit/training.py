@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from hf_masked import LoraCoreConfig, add_core, get_core, has_core, merge_full, split
 
 from .arms import Arm
-from .flops import StepCosts, step_costs
+from .flops import StepCosts, ladder_costs, step_costs
 from .machine import PeakMemory
 from .processes import in_parts, shards
 from .task import Scores, Task
@@ -145,7 +145,7 @@ def trainer_costs(task: Task, trainer: Trainer) -> StepCosts:
     if not has_core(full):
         costs = step_costs(full, full, batches)
         return dataclasses.replace(costs, core=0)
-    return step_costs(full, get_core(full).model, batches)
+    return ladder_costs(full, batches)
 
 
 def evaluate(task: Task, trainer: Trainer, rows: Dataset) -> tuple[Scores, Scores]:
