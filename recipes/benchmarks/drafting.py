@@ -1,13 +1,15 @@
 """Self-speculative decoding: tokens per second of the full model alone, and with its core as the draft.
 
-    python recipes/benchmarks/drafting.py out [--separate FOLDER] [--prompts 20] [--new_tokens 64]
+    python recipes/benchmarks/drafting.py out [--separate FOLDER] [--prompts 20] [--new_tokens 64] [--output_dir FOLDER]
 
-`out` holds a full model with its core in `core/`; FOLDER another small model to compare with as the draft.
+`out` holds a full model with its core in `core/`; FOLDER another small model to compare with as the draft, such as a core
+that was trained alone (`--schedule core_only`, then its `core/`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -17,8 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kit.machine import hardware, versions
+
 from benchmarks.clock import Taken
 from hf_masked import measure_acceptance
+from hf_masked.export import check_writable
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -29,7 +34,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--prompts", type=int, default=20, help="how many random prompts")
     parser.add_argument("--prompt_tokens", type=int, default=16, help="tokens of each prompt")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens to generate for each")
+    parser.add_argument("--output_dir", help="where results.json goes")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
     full = AutoModelForCausalLM.from_pretrained(args.out).eval()
     drafts: dict[str, Any] = {"core": AutoModelForCausalLM.from_pretrained(args.out, subfolder="core").eval()}
     if args.separate:
@@ -59,6 +66,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             f"{row['draft']:10} acceptance {row['rate']:.2f}  tokens per check {row['tokens_per_check']:.2f}  tokens per processor "
             f"second over full alone ({row['alone']:.0f}): {row['speedup']:.2f}  same output {row['same']:.0%}"
         )
+    if args.output_dir:
+        results = {"rows": means, "options": vars(args), "versions": versions(), "hardware": hardware()}
+        path = check_writable(args.output_dir) / "results.json"
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return means
 
 
