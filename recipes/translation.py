@@ -50,6 +50,13 @@ class TranslationArguments(RecipeArguments):
     group_column: str | None = field(
         default=None, metadata={"help": "Column that says where a row is from; BLEU is then reported per value, too."}
     )
+    groups: list[str] | None = field(
+        default=None,
+        metadata={"help": "Train and report on rows with one of these values in --group_column only."},
+    )
+    max_words: int | None = field(
+        default=None, metadata={"help": "Leave out rows with more words than this on either side."}
+    )
     max_length: int = field(default=64, metadata={"help": "Longer texts are cut to this many tokens."})
     num_samples: int = field(default=5, metadata={"help": "How many translations to show from each network."})
 
@@ -60,6 +67,15 @@ class TranslationArguments(RecipeArguments):
                 "got no dataset_name; needs sentence pairs, because no machine has them built in; set --dataset_name "
                 "to a parquet file, a folder of split files, or a Hub data set"
             )
+        if self.groups and not self.group_column:
+            raise ValueError(
+                f"got groups={self.groups} without a group_column; needs one, because groups are values of it; set "
+                "--group_column"
+            )
+        if self.max_words is not None and self.max_words < 1:
+            raise ValueError(
+                f"got max_words={self.max_words}; needs at least 1, because no row is shorter; set --max_words"
+            )
         if self.max_length < 2:
             raise ValueError(
                 f"got max_length={self.max_length}; needs at least 2, because one token ends the text; set "
@@ -68,7 +84,17 @@ class TranslationArguments(RecipeArguments):
 
 
 # The settings that the tokenized pairs depend on.
-CACHE_KEYS = ("source_column", "target_column", "vocab_size", "max_length", "max_train_samples", "max_eval_samples")
+CACHE_KEYS = (
+    "source_column",
+    "target_column",
+    "group_column",
+    "groups",
+    "max_words",
+    "vocab_size",
+    "max_length",
+    "max_train_samples",
+    "max_eval_samples",
+)
 
 
 def prepare(args: TranslationArguments) -> tuple[DatasetDict, PreTrainedTokenizerBase]:
@@ -85,6 +111,7 @@ def prepare(args: TranslationArguments) -> tuple[DatasetDict, PreTrainedTokenize
 def tokenize(splits: DatasetDict, args: TranslationArguments) -> tuple[DatasetDict, PreTrainedTokenizerBase]:
     """Train one vocabulary for both languages on the train split, and encode every pair."""
     for name, rows in splits.items():
+        rows = _chosen(rows, args, name)
         limit = args.max_train_samples if name == "train" else args.max_eval_samples
         splits[name] = rows.select(range(min(limit or len(rows), len(rows))))
     train = splits["train"]
@@ -98,6 +125,28 @@ def tokenize(splits: DatasetDict, args: TranslationArguments) -> tuple[DatasetDi
         return {**inputs, "labels": labels, "length": [len(ids) for ids in inputs["input_ids"]]}
 
     return DatasetDict({name: rows.map(encode, batched=True) for name, rows in splits.items()}), tokenizer
+
+
+def _chosen(rows: Dataset, args: TranslationArguments, split: str) -> Dataset:
+    """The rows that `--groups` and `--max_words` leave; all of them without these."""
+    if args.groups:
+        values = rows[args.group_column][:]
+        if missing := sorted(set(args.groups) - set(values)):
+            raise ValueError(
+                f"got groups {missing}, which no row of the {split} split has; needs some of {sorted(set(values))}, "
+                "because the networks are trained and scored on them; set --groups"
+            )
+        rows = rows.select([index for index, value in enumerate(values) if value in args.groups])
+    if args.max_words is None:
+        return rows
+    columns = zip(rows[args.source_column], rows[args.target_column], strict=True)
+    short = [n for n, pair in enumerate(columns) if all(len(text.split()) <= args.max_words for text in pair)]
+    if not short:
+        raise ValueError(
+            f"got max_words={args.max_words}, and no row of the {split} split is so short; needs some, because the "
+            "networks are trained and scored on them; raise --max_words"
+        )
+    return rows.select(short)
 
 
 def new_model(seed: int, args: TranslationArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "recipes"))
 
 from causal_lm import CausalArguments, pack, score  # noqa: E402
-from datasets import load_from_disk  # noqa: E402
+from datasets import Dataset, DatasetDict, load_from_disk  # noqa: E402
 from kit.arguments import parse  # noqa: E402
 from kit.arms import comparison_arms, joint_arm  # noqa: E402
 from kit.compare import core_ahead, undertrained  # noqa: E402
@@ -28,6 +28,7 @@ from kit.table import render, spread  # noqa: E402
 from kit.tokenizer import train_tokenizer  # noqa: E402
 from kit.training import Run  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: E402
+from translation import TranslationArguments, tokenize  # noqa: E402
 
 from hf_masked import MaskedTrainingArguments  # noqa: E402
 
@@ -162,6 +163,24 @@ def test_translation_scores_both_networks(tmp_path: Path) -> None:
     assert sum(name.startswith("bleu (") for name in scores) == 2
     assert scores["bleu"] == pytest.approx(results["runs"][0]["core"]["bleu"], abs=1e-6)
     AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", subfolder="core")
+
+
+def test_translation_of_some_rows_only() -> None:
+    rows = {"de": ["rot", "blau", "grün"], "en": ["red", "blue", "green"], "source": ["odd", "even", "odd"]}
+    splits = {"train": Dataset.from_dict(rows), "test": Dataset.from_dict(rows)}
+    settings = {"dataset_name": "pairs", "group_column": "source", "vocab_size": 320}
+    for groups, left in ((["odd"], ["red", "green"]), (None, ["red", "blue", "green"])):
+        encoded, _ = tokenize(DatasetDict(splits), TranslationArguments(groups=groups, **settings))
+        assert encoded["train"]["en"][:] == left and encoded["test"]["en"][:] == left
+    splits["train"] = splits["test"] = Dataset.from_dict({**rows, "en": ["red", "as blue as the sea", "green"]})
+    encoded, _ = tokenize(DatasetDict(splits), TranslationArguments(max_words=4, **settings))
+    assert encoded["test"]["de"][:] == ["rot", "grün"]
+    with pytest.raises(ValueError, match=r"max_words=4.*raise --max_words"):
+        tokenize(DatasetDict(train=splits["train"].select([1])), TranslationArguments(max_words=4, **settings))
+    with pytest.raises(ValueError, match=r"'none'.*of the train split.*--groups"):
+        tokenize(DatasetDict(splits), TranslationArguments(groups=["none", "odd"], **settings))
+    with pytest.raises(ValueError, match="--group_column"):
+        TranslationArguments(dataset_name="pairs", groups=["odd"])
 
 
 def test_flags_beat_the_file_and_mistakes_are_named(tmp_path: Path) -> None:
