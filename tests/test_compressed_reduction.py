@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 from common import fit, tiny, values
 from safetensors.torch import load_file
+from two_processes import apart, handed, run_two
 
 from hf_masked import Plan
 from hf_masked.compressed_reduction import CompressedReduction
@@ -22,7 +20,6 @@ from hf_masked.schedules import make_schedule
 from hf_masked.types import Phase
 from hf_masked.values import Constant
 
-TESTS = Path(__file__).resolve().parent
 RATE, DENSITY, STEPS = 0.05, 0.1, 4
 SCRIPT = """
 import json, os, sys
@@ -89,15 +86,7 @@ PartialState().destroy_process_group()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("compressed")
-    (made / "train.py").write_text(SCRIPT)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run(
-        [*command, str(made / "train.py"), str(made)], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return made
+    return run_two(SCRIPT, tmp_path_factory.mktemp("compressed"))
 
 
 def written_out(batches: list[dict[str, torch.Tensor]], feedback: bool) -> dict[str, torch.Tensor]:
@@ -128,10 +117,6 @@ def written_out(batches: list[dict[str, torch.Tensor]], feedback: bool) -> dict[
 def schedule(step: int) -> float:
     """Trainer's default: from the learning rate down to zero in a line."""
     return RATE * (1 - step / STEPS)
-
-
-def apart(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    return max(float((one[n] - two[n]).abs().max()) for n in one)
 
 
 def trained(folder: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -166,12 +151,6 @@ def test_bytes_are_cut(folder: Path) -> None:
         assert handed(runs[name]["events"], "gloo:all_reduce") == STEPS * most, name
     gathered = handed(runs["topk"]["events"], "gloo:all_gather") - handed(runs["plain"]["events"], "gloo:all_gather")
     assert gathered == STEPS * kept * 12
-
-
-def handed(events: list[Any], operation: str) -> int:
-    """Entries of the tensors that the process group was handed, but for counts and DDP's note on which of 28 were used."""
-    sizes = [torch.Size(shapes[0]).numel() for name, shapes in events if name == operation]
-    return sum(size for size in sizes if size > 28)
 
 
 def test_each_process_resumes_its_own_memory(folder: Path) -> None:

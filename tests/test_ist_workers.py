@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,11 @@ import torch
 from common import tiny, values
 from method_reference import adamw
 from safetensors.torch import load_file
+from two_processes import apart, handed, run_two
 
 from hf_masked import StepInfo
 from hf_masked.perturbations.subnets import Subnets
 
-TESTS = Path(__file__).resolve().parent
 RATE, DECAY, STEPS, EVERY = 0.01, 0.1, 6, 2
 SCRIPT = """
 import json, os, sys
@@ -93,15 +90,7 @@ Batches = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("workers")
-    (made / "train.py").write_text(SCRIPT)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run(
-        [*command, str(made / "train.py"), str(made)], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return made
+    return run_two(SCRIPT, tmp_path_factory.mktemp("workers"))
 
 
 def dealt() -> Subnets:
@@ -154,10 +143,6 @@ def assembled(pieces: list[Any], owned: list[dict[str, torch.Tensor]]) -> dict[s
     }
 
 
-def apart(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    return max(float((one[n] - two[n]).abs().max()) for n in one)
-
-
 def trained(folder: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
     return load_file(folder / f"{name}-{rank}.safetensors")
 
@@ -199,12 +184,6 @@ def test_only_the_own_part_travels(folder: Path) -> None:
     assert gathered == turns * kinds * own
     assert handed(runs["ist"]["events"], "gloo:all_reduce") == turns * kinds * common
     assert handed(runs["plain"]["events"], "gloo:all_reduce") == STEPS * entries
-
-
-def handed(events: list[Any], operation: str) -> int:
-    """Entries of the tensors that the process group was handed, but for counts and DDP's note on which of some 30 were used."""
-    sizes = [torch.Size(shapes[0]).numel() for name, shapes in events if name == operation]
-    return sum(size for size in sizes if size > 40)
 
 
 def test_a_checkpoint_within_a_turn_is_whole_and_resumes(folder: Path) -> None:

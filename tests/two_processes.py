@@ -1,0 +1,36 @@
+"""A script run by two gloo processes, and what their tests look at."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TESTS = Path(__file__).resolve().parent
+
+
+def run_two(script: str, folder: Path) -> Path:
+    """Run it on two processes, with the folder as its argument; returns the folder."""
+    (folder / "train.py").write_text(script)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.run(
+        [*command, str(folder / "train.py"), str(folder)], env=env, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder
+
+
+def apart(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """The largest difference of an entry."""
+    return max(float((one[n] - two[n]).abs().max()) for n in one)
+
+
+def handed(events: list[Any], operation: str) -> int:
+    """Entries of the tensors that the process group was handed, but for counts and DDP's note on which of some 30 were used."""
+    sizes = [torch.Size(shapes[0]).numel() for name, shapes in events if name == operation]
+    return sum(size for size in sizes if size > 40)
