@@ -132,6 +132,6 @@ def mask_gradients(parameters: Parameters, mask: MaskValues) -> None:
         if gradient is None:
             continue
         if isinstance(kept, torch.Tensor):
-            gradient.mul_(kept)
+            gradient.mul_(kept.to(gradient.dtype))  # converted on the way, a product takes three times as long
         elif not kept:
             parameters[name].grad = None

@@ -61,7 +61,10 @@ class SubnetWorkers:
         with torch.no_grad():
             parts = self._rule.parts_at(info, self._parameters)
             for tensors in self._kinds():
-                self._exchange(tensors, parts)
+                if dealt := {name: tensor for name, tensor in tensors.items() if name in parts[0]}:
+                    self._exchange(dealt, parts)
+                if common := [tensor for name, tensor in tensors.items() if name not in parts[0]]:
+                    self._average(common)
 
     def _kinds(self) -> Iterator[Tensors]:
         """The parameters, then each kind of their state."""
@@ -70,25 +73,28 @@ class SubnetWorkers:
             yield {name: entries[kind] for name, entries in state.items() if kind in entries}
 
     def _exchange(self, tensors: Tensors, parts: list[dict[str, torch.Tensor]]) -> None:
-        dealt = [name for name in tensors if name in parts[0]]
-        common = [tensor for name, tensor in tensors.items() if name not in parts[0]]
-        owned = [[part[name].expand_as(tensors[name]) for name in dealt] for part in parts]
+        """Give each process's part of these to all."""
+        owned = [[part[name].expand_as(tensor) for name, tensor in tensors.items()] for part in parts]
         counts = [[int(kept.sum()) for kept in mine] for mine in owned]
         rank, length = self._group.rank(), max(sum(count) for count in counts)
-        own = torch.cat([tensors[name][kept] for name, kept in zip(dealt, owned[rank], strict=True)])
+        own = torch.cat([tensor[kept] for tensor, kept in zip(tensors.values(), owned[rank], strict=True)])
         self.bytes_sent += own.nbytes
         # where units do not divide evenly, some parts are shorter by a unit of each layer
         message = torch.nn.functional.pad(own, (0, length - len(own)))
         messages = [torch.empty_like(message) for _ in parts]
         dist.all_gather(messages, message, group=self._group)
         for theirs, mine, count in zip(messages, owned, counts, strict=True):
-            for name, kept, piece in zip(dealt, mine, theirs[: sum(count)].split(count), strict=True):
-                tensors[name][kept] = piece
-        if common:
-            mean = torch.cat([tensor.flatten() for tensor in common])
-            dist.all_reduce(mean, group=self._group)
-            for tensor, piece in zip(common, mean.div_(len(parts)).split([t.numel() for t in common]), strict=True):
-                tensor.copy_(piece.view_as(tensor))
+            pieces = theirs[: sum(count)].split(count)
+            for tensor, kept, piece in zip(tensors.values(), mine, pieces, strict=True):
+                tensor[kept] = piece
+
+    def _average(self, tensors: list[torch.Tensor]) -> None:
+        """Let each be its mean over processes."""
+        mean = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(mean, group=self._group)
+        pieces = mean.div_(self._group.size()).split([tensor.numel() for tensor in tensors])
+        for tensor, piece in zip(tensors, pieces, strict=True):
+            tensor.copy_(piece.view_as(tensor))
 
 
 def keep_local(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

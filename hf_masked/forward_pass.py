@@ -30,6 +30,7 @@ class UpdateStep:
         rides: core updates that follow it on batches seen before, by core; each is an `UpdateStep` of its own then.
         seen: its microbatches, for them.
         held: parameters that are not differentiated by until its gradients are there.
+        trained: what phases of a network train, as first asked for in this step: before any is held.
         fresh_batches: how many of them were drawn.
         measure, gaps, row: what the diagnostics measure in it, and what they log of it.
     """
@@ -39,6 +40,7 @@ class UpdateStep:
     rides: list[tuple[CoreRun, tuple[Phase, ...]]] = field(default_factory=list)
     seen: Batch = field(default_factory=lambda: Batch([], None))
     held: list[nn.Parameter] = field(default_factory=list)
+    trained: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
     fresh_batches: int = 0
     measure: Measure | None = None
     gaps: dict[str, float] = field(default_factory=dict)

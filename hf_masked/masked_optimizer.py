@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .apply import MaskValues, Parameters
-from .masks.entries import indices_of
+from .masks.entries import count_of, indices_of
 from .types import StatePolicy
 
 # what moves no entry that is zero in the parameter, its gradient and its state
@@ -94,7 +94,7 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
             entries = entries_of(optimizer, parameter, policy != "decay")
             here = kept.expand(parameter.shape)
             apart = policy != "decay" and len(entries) > 1 and parameter.is_contiguous()
-            if apart and int(here.count_nonzero()) <= FEW * parameter.numel():
+            if apart and count_of(here) <= FEW * parameter.numel():
                 around.enter_context(_only(optimizer, parameter, here, policy, room))
             else:
                 around.enter_context(_held(optimizer, parameter, here, policy, room))

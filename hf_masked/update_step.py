@@ -144,14 +144,15 @@ class UpdateStepMixin(WatchedStepMixin):
 
     def _trained(self, phase: Phase) -> dict[str, nn.Parameter]:
         """The parameters that a phase trains, by name; in a "sum" update the core's own as core.<name>."""
-        of_core = phase.network == "core"
-        parameters = self._the_core().all_parameters() if of_core else dict(self.model.named_parameters())
-        held = {id(p) for p in self._step.held} if self._step is not None else set()
-        named = {n: p for n, p in parameters.items() if p.requires_grad or id(p) in held}
-        if phase.network == "sum":
-            own = self._the_core().own_parameters(self.model)
-            named |= {f"core.{n}": p for n, p in own.items()}
-        return named
+        found = self._step.trained if self._step is not None else {}
+        if phase.network not in found:
+            of_core = phase.network == "core"
+            parameters = self._the_core().all_parameters() if of_core else dict(self.model.named_parameters())
+            found[phase.network] = {n: p for n, p in parameters.items() if p.requires_grad}
+            if phase.network == "sum":
+                own = self._the_core().own_parameters(self.model)
+                found["sum"] |= {f"core.{n}": p for n, p in own.items()}
+        return found[phase.network]
 
     def _hold_still(self, phase: Phase) -> None:
         """What a mask's support leaves out is zero; what a mask of whole tensors leaves out is not differentiated by, where

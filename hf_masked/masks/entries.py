@@ -47,19 +47,19 @@ def _largest_by_threshold(flat: torch.Tensor, count: int) -> torch.Tensor | None
     numbers = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
     threshold = _threshold(numbers.numpy(), count)
     mask = numbers >= threshold
-    surplus = int(mask.count_nonzero()) - count
+    surplus = count_of(mask) - count
     if surplus > 0:
         if bool(numbers.isnan().any()):
             return None
         mask = numbers > threshold
-        mask[_first(numbers == threshold, count - int(mask.count_nonzero()))] = True
+        mask[_first(numbers == threshold, count - count_of(mask))] = True
     return None if surplus < 0 else mask
 
 
 def _first(found: torch.Tensor, count: int) -> torch.Tensor:
     """Where a vector is True for the first `count` times, without a search through all of it where there are many."""
     length = 2 * count
-    while length < len(found) and int(found[:length].count_nonzero()) < count:
+    while length < len(found) and count_of(found[:length]) < count:
         length *= 2
     return indices_of(found[:length])[:count]
 
@@ -90,6 +90,11 @@ def largest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     groups = scores.reshape(-1, m)
     kept = torch.zeros_like(groups, dtype=torch.bool)
     return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view(scores.shape)
+
+
+def count_of(kept: torch.Tensor) -> int:
+    """How many entries of a mask are True: NumPy counts several times faster on a processor."""
+    return int(np.count_nonzero(kept.numpy()) if kept.device.type == "cpu" else kept.count_nonzero())
 
 
 def indices_of(kept: torch.Tensor) -> torch.Tensor:

@@ -49,8 +49,7 @@ class DropConnect:
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
         keep, deltas = self._keep(info), {}
         for name, p in matrices(parameters, self.pattern).items():
-            stay, leave = p.new_tensor(1 / keep - 1), p.new_tensor(-1)
-            factor = torch.where(self._kept(info, name, p, keep), stay, leave)
+            factor = self._kept(info, name, p, keep).to(p.dtype).div_(keep).sub_(1)
             deltas[name] = factor.mul_(p) if factor.shape == p.shape else factor * p
         return deltas
 
