@@ -178,6 +178,13 @@ def check_free(out: str | os.PathLike[str], cores: list[Core]) -> None:
             )
 
 
+def exported_cores(out: str | os.PathLike[str]) -> list[str]:
+    """The folders of an export in which its cores lie, each followed by the smaller ones of its ladder."""
+    own = _listed(Path(out))
+    folders = [path.name for path in Path(out).iterdir() if _USUAL.fullmatch(path.name) or path.name in own]
+    return sorted(name for name in folders if any(Path(out, name, entry).is_file() for entry in _ENTRIES))
+
+
 def _listed(target: Path) -> set[str]:
     """The folders of cores of other names than the usual ones that exports wrote here."""
     try:

@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_masked import LoraCoreConfig, MaskedTrainer, MaskedTrainingArguments
+from hf_masked import CoreConfig, LoraCoreConfig, MaskedTrainer, MaskedTrainingArguments
 from hf_masked.methods import METHODS
 from hf_masked.typed import json_object
 
@@ -204,11 +204,10 @@ def sample(model: Any, rows: Dataset, collator: Any) -> str:
     return "\n".join(f"{names[label]} -> {names[found]}: {text[:90]}" for text, label, found in lines)
 
 
-def with_head(training_args: Any) -> dict[str, Any]:
-    """The options of an adapter that carries the new head, unless they say what it carries: the base has none."""
-    config: LoraCoreConfig = training_args.make_core_config()
-    named = config.task_type or config.modules_to_save
-    return config.to_dict() | ({} if named else {"task_type": "SEQ_CLS"})
+def with_head(config: CoreConfig) -> dict[str, Any]:
+    """The options of a core, of which an adapter carries the new head, unless they say what it carries: the base has none."""
+    carried = not isinstance(config, LoraCoreConfig) or config.task_type or config.modules_to_save
+    return config.to_dict() | ({} if carried else {"task_type": "SEQ_CLS"})
 
 
 def main(argv: list[str]) -> None:
@@ -217,7 +216,11 @@ def main(argv: list[str]) -> None:
     parsed: tuple[Any, ...] = parse(types, argv, __doc__ or "")
     args, training_args = parsed
     if training_args.core == LoraCoreConfig.kind:
-        training_args.core_config = with_head(training_args)
+        training_args.core_config = with_head(training_args.make_core_config())
+    elif named := training_args.named_cores():
+        training_args.cores = {
+            name: {"kind": core.config.kind} | core.own | with_head(core.config) for name, core in named.items()
+        }
     splits, tokenizer = prepare(args)
     names = splits["train"].features["labels"].names
     report = splits.get("test", splits["validation"])
@@ -237,7 +240,7 @@ def main(argv: list[str]) -> None:
         sample=partial(sample, rows=report, collator=collator),
         compute_metrics=compute_metrics,
     )
-    if training_args.core is not None:
+    if training_args.core is not None or training_args.cores is not None:
         run_recipe(task, args, training_args)
         return
     options = args.options()

@@ -139,6 +139,35 @@ def test_causal_lm_fine_tunes_with_an_adapter_for_a_core(tmp_path: Path) -> None
         run("causal_lm.py", *common, "--model_config", json.dumps(TINY_LLAMA))
 
 
+def test_causal_lm_reports_a_row_per_core(tmp_path: Path) -> None:
+    """In place of the one core of the settings file; each row is of what was exported under its name."""
+    cores = {
+        "small": {"rank": 2, "start": 2, "core_updates": 1},
+        "thin": {"kind": "width", "neurons": 0.5, "start": 1},
+    }
+    common = (
+        str(ROOT / "recipes/configs/causal_lm/quickstart.yaml"),
+        *("--cores", json.dumps(cores), "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")),
+        *("--corpus_characters", "30000", "--vocab_size", "400", "--block_size", "16", "--max_eval_samples", "32"),
+        *("--model_config", json.dumps(TINY_LLAMA), "--max_steps", "4", "--per_device_train_batch_size", "4"),
+        *("--warmup_steps", "0", "--eval_strategy", "no", "--logging_steps", "1", "--sample_tokens", "3"),
+    )
+    printed = run("causal_lm.py", *common)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    (joint,) = results["runs"]
+    assert (joint["full_updates"], joint["core_updates"]) == (4, 2 * 1 + 3 * 5) and not joint["core"]
+    assert [network["name"] for network in results["networks"]] == ["full", "small", "thin"]
+    for network in results["networks"]:
+        assert re.search(rf"^\| {network['name']} .*{network['parameters']:,}", printed, re.M)
+    full, *small = results["networks"]
+    assert full["scores"]["loss"] == pytest.approx(joint["full"]["loss"], abs=2e-4)
+    for network in small:
+        assert network["bytes_on_disk"] < full["bytes_on_disk"] and network["parameters"] < full["parameters"]
+    assert "small/, thin/, losses.png" in printed
+    with pytest.raises(AssertionError, match="needs --core, because runs are compared by the scores of one core"):
+        run("causal_lm.py", *common, "--compare")
+
+
 def test_translation_scores_both_networks(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     words = {"rot": "red", "blau": "blue", "haus": "house", "hund": "dog", "baum": "tree", "groß": "big"}

@@ -112,6 +112,8 @@ def parse(types: Sequence[type], argv: Sequence[str], description: str, **defaul
         path = flags.pop(0)
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**_read_settings(path, known))
+    if parser.get_default("cores") or any(flag.partition("=")[0] == "--cores" for flag in flags):
+        parser.set_defaults(core=None, core_config=None)  # those of a single core, in a file or of the recipe
     return parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
 
 

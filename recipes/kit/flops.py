@@ -85,9 +85,12 @@ def step_costs(full: PreTrainedModel, core: PreTrainedModel, batches: Sequence[d
     return costs
 
 
-def ladder_costs(full: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> StepCosts:
-    """The same for a model with a core; of a core of several sizes the core's step is the mean over those its updates run at."""
-    core = get_core(full)
+def ladder_costs(full: PreTrainedModel, batches: Sequence[dict[str, Any]], name: str | None = None) -> StepCosts:
+    """The same for a model with a core; of a core of several sizes the core's step is the mean over those its updates run at.
+
+    Args: `name` of one of several cores.
+    """
+    core = get_core(full, name)
     if not core.nested:
         return step_costs(full, core.model, batches)
     drawn = Counter(core.rung(StepInfo(0, 1, turn=turn)) for turn in range(DRAWN))

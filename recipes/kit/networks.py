@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from hf_masked.cores import LoraCore
+from hf_masked.export import exported_cores
 
 from .flops import count_flops
 from .task import Scores, Task
@@ -40,34 +41,37 @@ class NetworkReport:
     sample: str
 
 
-def adapter_folder(folder: str | Path) -> Path | None:
-    """Where the adapter of an export lies; None where its core is no adapter."""
-    adapter = Path(folder) / LoraCore.folder
-    return adapter if (adapter / "adapter_config.json").is_file() else None
+def network_folders(folder: str | Path) -> dict[str, Path]:
+    """Name -> where it lies, of the full network and of every core of an export."""
+    cores = {"core" if name == LoraCore.folder else name: Path(folder, name) for name in exported_cores(folder)}
+    return {"full": Path(folder), **cores}
 
 
 def reload_networks(task: Task, folder: str | Path) -> dict[str, PreTrainedModel]:
-    """Load the full network and the core from an export, with the smaller cores of a ladder by size, and an adapter onto the
-    base model that it names."""
+    """Load the full network and the cores from an export, each with the smaller ones of its ladder by size, and an adapter onto
+    the base model that it names."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks: dict[str, Any] = {"full": task.auto_class.from_pretrained(folder)}
-    adapter = adapter_folder(folder)
-    if adapter is not None:
-        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        # with the full network's config, since the base's own may be of another number of labels
-        base = task.auto_class.from_pretrained(name, config=copy.deepcopy(networks["full"].config))
-        networks["core"] = PeftModel.from_pretrained(base, adapter)
-    else:
-        networks["core"] = task.auto_class.from_pretrained(folder, subfolder="core")
-        found = [path.parent.name for path in Path(folder).glob("core-*/config.json")]
-        rungs = [(name, task.auto_class.from_pretrained(folder, subfolder=name)) for name in found]
-        networks |= sorted(rungs, key=lambda rung: rung[1].num_parameters())
+    networks: dict[str, Any] = {}
+    for name, place in network_folders(folder).items():
+        if (place / "adapter_config.json").is_file():
+            base = PeftConfig.from_pretrained(place).base_model_name_or_path
+            # with the full network's config, since the base's own may be of another number of labels
+            model = task.auto_class.from_pretrained(base, config=copy.deepcopy(networks["full"].config))
+            networks[name] = PeftModel.from_pretrained(model, place)
+        else:
+            networks[name] = task.auto_class.from_pretrained(place)
+
+    def place_of(name: str) -> tuple[bool, str, bool, int]:
+        core, rung, _ = name.partition("-")
+        return name != "full", core, bool(rung), networks[name].num_parameters()
+
+    networks = {name: networks[name] for name in sorted(networks, key=place_of)}
     return {name: model.to(device).eval() for name, model in networks.items()}
 
 
 def describe_networks(task: Task, folder: str | Path, batch_size: int) -> list[NetworkReport]:
     """Reload the networks of an export and report on each."""
-    networks = reload_networks(task, folder)
+    networks, folders = reload_networks(task, folder), network_folders(folder)
     batches = task.batches(batch_size, networks["full"].device)
     batch = batches[len(batches) // 2]
     tokens = positions(batch, networks["full"].config.is_encoder_decoder)
@@ -76,12 +80,11 @@ def describe_networks(task: Task, folder: str | Path, batch_size: int) -> list[N
     for name, model in networks.items():
         with torch.no_grad():
             flops = count_flops(lambda model=model: model(**batch))  # type: ignore[misc]
-        where = Path(folder) if name == "full" else adapter_folder(folder) or Path(folder) / name
         reports.append(
             NetworkReport(
                 name=name,
                 parameters=model.num_parameters(),
-                bytes_on_disk=sum(file.stat().st_size for file in where.glob("*.safetensors")),
+                bytes_on_disk=sum(file.stat().st_size for file in folders[name].glob("*.safetensors")),
                 flops_per_token=round(flops / tokens),
                 tokens_per_second=tokens / seconds[name],
                 scores=task.score(model),

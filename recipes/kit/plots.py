@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,27 @@ from .task import Metric
 from .training import Run
 
 COLOURS = {"full": "tab:blue", "core": "tab:orange", "full+core": "tab:green"}
+OF_OTHER_CORES = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 NEVER_SHADED = "full"
 
 
 def plot_losses(history: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Plot the training and validation losses of both networks, with the phases as shaded background."""
+    """Plot the training and validation losses of all networks, with the phases as shaded background."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for phase, first, last in phases(history):
         if phase != NEVER_SHADED:
             axes.axvspan(first, last, color=COLOURS.get(phase, "tab:grey"), alpha=0.12, linewidth=0)
-    for network, logged, evaluated in (("full", "loss_full", "eval_loss"), ("core", "loss_core", "eval_core_loss")):
-        steps, losses = curve(history, logged)
-        axes.plot(steps, losses, color=COLOURS[network], label=f"{network}, training")
+    logged = dict.fromkeys(key.removeprefix("loss_") for row in history for key in row if key.startswith("loss_"))
+    colours = (
+        dict(zip((name for name in logged if name not in COLOURS), cycle(OF_OTHER_CORES), strict=False)) | COLOURS
+    )
+    for network in sorted(logged, key=lambda name: name != "full"):
+        steps, losses = curve(history, f"loss_{network}")
+        axes.plot(steps, losses, color=colours[network], label=f"{network}, training")
         # before its first update a core's score says nothing, and would stretch the axis
+        evaluated = "eval_loss" if network == "full" else f"eval_{network}_loss"
         steps, losses = curve([row for row in history if not steps or row["step"] >= steps[0]], evaluated)
-        axes.plot(steps, losses, "o", color=COLOURS[network], label=f"{network}, validation")
+        axes.plot(steps, losses, "o", color=colours[network], label=f"{network}, validation")
     shaded = dict.fromkeys(name for name, _, _ in phases(history) if name != NEVER_SHADED)
     patches = [Patch(color=COLOURS.get(name, "tab:grey"), alpha=0.3, label=f"phase: {name}") for name in shaded]
     axes.set(xlabel="update step", ylabel="loss", title=title)

@@ -6,14 +6,14 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
 from hf_masked import LoraCoreConfig, add_core, core_summary
-from hf_masked.export import check_writable
+from hf_masked.export import check_writable, exported_cores
 
 from .arguments import RecipeArguments
 from .arms import Arm, comparison_arms, joint_arm
@@ -25,7 +25,7 @@ from .plots import plot_comparison, plot_losses
 from .processes import shards, writes
 from .table import comparison_table, networks_table
 from .task import Task
-from .training import Run
+from .training import Run, core_updates
 
 NOTE = (
     "Arms that start from the trained full network share one training of it per seed; their FLOPs and seconds include "
@@ -72,12 +72,15 @@ def run_recipe(task: Task, args: RecipeArguments, training_args: Any) -> None:
     if args.compare:
         plot_comparison(chosen, task.metrics[0], out / "comparison.png", task.name)
     write_results(out / "results.json", args, training_args, reports, runs, chosen)
-    print(f"\nEverything is in {out}: the full network, core/, " + ", ".join(sorted(p.name for p in out.glob("*.*g"))))
+    folders = [f"{name}/" for name in exported_cores(out)]
+    print(
+        f"\nEverything is in {out}: the full network, " + ", ".join(folders + sorted(p.name for p in out.glob("*.*g")))
+    )
 
 
 def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm]:
     """Print the sizes of both networks, and list what is to be trained."""
-    if training_args.core is None:
+    if training_args.core is None and training_args.cores is None:
         raise ValueError(
             "got core='none'; needs a core, because the recipe trains and reports two networks; set --core low_rank, "
             "or --schedule full_only to leave the core untrained"
@@ -87,14 +90,16 @@ def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm
             f"got max_steps={training_args.max_steps}; needs at least 1, because every arm is counted in update "
             "steps; set --max_steps"
         )
-    config = training_args.make_core_config()
+    configs = training_args.make_core_configs()
+    refuse_several(configs, args)
     model = task.new_model(training_args.seed)
-    if training_args.core == LoraCoreConfig.kind and not model.name_or_path:
+    if any(isinstance(config, LoraCoreConfig) for config in configs.values()) and not model.name_or_path:
         raise ValueError(
             "got core='lora' for a model made from a config; needs a pretrained one, because an adapter is loaded onto "
             "its base model from disk; set --model_name_or_path, or --core low_rank"
         )
-    add_core(model, config)
+    for name, config in configs.items():
+        add_core(model, config, name=name)
     if writes():
         print(core_summary(model))
     if args.compare and shards():
@@ -103,12 +108,33 @@ def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm
             "--compare, or launch with another --config_file"
         )
     if not args.compare:
-        return [joint_arm(training_args.max_steps, training_args.schedule)]
+        made = joint_arm(training_args.max_steps, training_args.schedule)
+        counts = core_updates(training_args) if training_args.cores else {}
+        return [dataclasses.replace(made, core_updates=sum(counts.values())) if counts else made]
     size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     costs = ladder_costs(model, task.batches(size))
     joint = joint_arm(training_args.max_steps, training_args.schedule, costs)
-    arms = comparison_arms(training_args.max_steps, costs, joint, config.to_dict(), args.compare_distill_weight)
+    arms = comparison_arms(
+        training_args.max_steps, costs, joint, configs["core"].to_dict(), args.compare_distill_weight
+    )
     return with_requirements(arms, args.compare_arms)
+
+
+def refuse_several(cores: Collection[str], args: RecipeArguments) -> None:
+    """Refuse several cores, or one of a name of its own, where arms, seeds or rates are compared.
+
+    Raises: ValueError.
+    """
+    asked = {
+        "--compare": args.compare,
+        "--seeds": len(args.seeds or []) > 1,
+        "--compare_learning_rate_scales": bool(args.compare_learning_rate_scales),
+    }
+    if list(cores) != ["core"] and any(asked.values()):
+        raise ValueError(
+            f"got {[flag for flag, given in asked.items() if given]} with the cores {list(cores)}; needs --core, because runs are "
+            "compared by the scores of one core; drop --cores, or those flags"
+        )
 
 
 def summary(task: Task, reports: Sequence[NetworkReport], arms: Sequence[Sequence[Run]], compared: bool) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from hf_masked import LoraCoreConfig, add_core, get_core, has_core, merge_full, split
+from hf_masked import LoraCoreConfig, add_core, get_core, get_cores, has_core, merge_full, split
 
 from .arms import Arm
 from .flops import StepCosts, ladder_costs, step_costs
@@ -145,17 +145,30 @@ def trainer_costs(task: Task, trainer: Trainer) -> StepCosts:
     if not has_core(full):
         costs = step_costs(full, full, batches)
         return dataclasses.replace(costs, core=0)
-    return ladder_costs(full, batches)
+    if not trainer.args.cores:  # type: ignore[attr-defined]
+        return ladder_costs(full, batches)
+    # of several cores, the mean over the updates that are made of them
+    counts = core_updates(trainer.args)
+    each = {name: ladder_costs(full, batches, name) for name in counts}
+    mean = sum(each[name].core * count for name, count in counts.items()) // max(1, sum(counts.values()))
+    return dataclasses.replace(next(iter(each.values())), core=mean)
+
+
+def core_updates(args: Any) -> dict[str, int]:
+    """Name of each core -> how many updates of it the run makes."""
+    steps = args.max_steps
+    return {
+        name: args.make_plan(name).count("core", steps, steps, args.mask_seed) for name in args.make_core_configs()
+    }
 
 
 def evaluate(task: Task, trainer: Trainer, rows: Dataset) -> tuple[Scores, Scores]:
-    """Scores of the full network and of the core on `rows`."""
+    """Scores of the full network and of the core on `rows`; those of cores of other names are in the log and the report."""
     metrics = trainer.evaluate(rows)
+    named = tuple(f"eval_{name}_" for name in get_cores(trainer.model))  # type: ignore[arg-type]
     core = {k.removeprefix("eval_core_"): v for k, v in metrics.items() if k.startswith("eval_core_")}
     full = {
-        k.removeprefix("eval_"): v
-        for k, v in metrics.items()
-        if k.startswith("eval_") and not k.startswith("eval_core_")
+        k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_") and not k.startswith(named)
     }
     return task.derive(full), task.derive(core) if core else core
 

@@ -13,12 +13,14 @@ from accelerate.utils import AutocastKwargs
 from common import arguments, difference, fit, log, rows, tiny, values
 from transformers import Trainer, TrainerCallback
 
-from hf_masked import MaskedTrainer, get_core, has_core
+from hf_masked import MaskedTrainer, get_core, get_cores, has_core
 
 RIDE = {"name": "ride_along", "core_updates": 2, "start": 1}
 CORE = {"core": "low_rank", "distill_weight": 0.3, "optim": "adamw_torch"}
 RUNS: dict[str, dict[str, Any]] = {
     "ride_along": CORE | {"core_config": {"rank": 4}, "schedule": RIDE},
+    "two cores": {"cores": {"small": {"rank": 4, "start": 1}, "shallow": {"kind": "depth", "start": 2}},
+                  "schedule": RIDE, "distill_weight": 0.3, "optim": "adamw_torch"},
     "alternate": CORE | {"core_config": {"rank": 4}, "schedule": "alternate", "gradient_accumulation_steps": 2},
     "alternate-shared": CORE | {"core_config": {"rank": 4, "coupling": "shared"}, "schedule": "alternate"},
     "sum": CORE | {"core_config": {"rank": 4}, "schedule": "sum"},
@@ -61,7 +63,7 @@ def train(folder: Path, base: Any, name: str, **options: Any) -> Any:
 
 def state(trainer: Any) -> dict[str, Any]:
     found = {"full": values(trainer.model), "moments": trainer.optimizer.state_dict()["state"], "log": log(trainer)}
-    return found | ({"core": values(get_core(trainer.model).model)} if trainer._joint else {})
+    return found | {name: values(core.model) for name, core in get_cores(trainer.model).items()}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -112,9 +114,9 @@ def overflown(
     return train(folder, scaled(base), name, **callbacks | options), spoil
 
 
-def updates(trainer: Any) -> tuple[int, int]:
-    """How far the learning-rate curves of full and core have come."""
-    return trainer._full.scheduler.last_epoch, trainer._core.scheduler.last_epoch
+def updates(trainer: Any) -> tuple[int, ...]:
+    """How far the learning-rate curves of the full network and its cores have come."""
+    return tuple(stepper.scheduler.last_epoch for stepper in (trainer._full, *trainer._cores))
 
 
 @pytest.mark.parametrize(
