@@ -122,7 +122,7 @@ def test_every_configuration_gives_what_ddp_gives(tmp_path: Path) -> None:
         for mine, theirs in zip(found, weights["cpu_ddp"], strict=True):
             assert mine.keys() == theirs.keys()
             gap = max(float((mine[n] - theirs[n]).abs().max()) for n in mine if mine[n].numel())
-            assert (1e-6 < gap < 1e-2) if config == "bf16" else gap < 1e-6, (config, gap)
+            assert (1e-6 < gap < 0.05) if config == "bf16" else gap < 1e-6, (config, gap)
     assert not (tmp_path / "fsdp2" / "_start").exists()
     code, _, errors = launch(
         "fsdp2", script, *causal_flags(tmp_path), "--output_dir", str(tmp_path / "no"), "--compare"

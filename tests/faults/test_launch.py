@@ -42,7 +42,7 @@ class Count(TrainerCallback):
 def measure(kind, **options):
     count, joint = Count(), kind is MaskedTrainer
     more = {"core": "low_rank", "core_config": {"rank": 4}, **options} if joint else {}
-    args = arguments(folder, **more, ddp_backend="gloo", max_steps=4)
+    args = arguments(folder, **more, ddp_backend="gloo", max_steps=4, ddp_find_unused_parameters=False)
     count.trainer = kind(tiny("gpt2"), args, train_dataset=rows(), callbacks=[count])
     count.trainer.train()
     sizes = {"full": sum(p.nbytes for p in count.trainer.model.parameters())}
@@ -77,10 +77,11 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("schedule, full, core", [("alternate", 2, 2), ("ride_along", 4, 4)])
 def test_an_update_reduces_what_it_trains(schedule: str, full: int, core: int, told: dict[str, Any]) -> None:
-    """`full` and `core` updates of four steps; the other network's gradients never travel."""
+    """`full` and `core` updates of four steps; the other network's gradients never travel, and none is looked for."""
     run, plain = told[schedule], told["plain"]
+    assert plain["bytes"]["full"] == 4 * plain["sizes"]["full"]
     assert run["bytes"]["full"] * 4 == plain["bytes"]["full"] * full
-    assert 0 < run["bytes"]["core"] <= 1.05 * core * run["sizes"]["core"]
+    assert run["bytes"]["core"] == core * run["sizes"]["core"] > 0
     assert run["sizes"]["core"] < 0.9 * run["sizes"]["full"], "nothing to tell apart"
 
 

@@ -1,0 +1,90 @@
+"""One of two workers dies, or stops answering: the other ends with an error in bounded time, and its checkpoints are whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from common import fit, tiny
+from transformers import TrainerCallback
+
+from hf_masked.checkpoints import last_complete_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 20  # of --ddp_timeout
+SCRIPT = """
+import sys
+from pathlib import Path
+from test_dead_worker import train
+
+train(Path(sys.argv[1]))
+"""
+
+
+class Beat(TrainerCallback):
+    """Says how far the process has come."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def on_step_end(self, args: object, state: object, *rest: object, **kwargs: object) -> None:
+        self.file.write_text(str(state.global_step))  # type: ignore[attr-defined]
+
+
+def train(folder: Path) -> None:
+    """Far longer than the test: full updates with core updates after them, and a checkpoint now and then."""
+    options = {"schedule": {"name": "ride_along", "core_updates": 2, "start": 1}, "max_steps": 100_000}
+    # with use_cpu Transformers does not pass the timeout on; without a GPU this is a CPU all the same
+    saving = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 2, "use_cpu": False}
+    beat = Beat(folder / f"beat_{os.environ['RANK']}")
+    fit(folder / "run", tiny("gpt2", core="free"), ddp_backend="gloo", ddp_timeout=SECONDS,
+        trainer_options={"callbacks": [beat]}, **options, **saving)  # fmt: skip
+
+
+def start(folder: Path) -> list[subprocess.Popen[str]]:
+    """Two workers with nobody over them, who would end the one for the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "train.py").write_text(SCRIPT)
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "faults")))
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": paths}
+    env = os.environ | group | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(folder / "train.py"), str(folder)]
+    return [
+        subprocess.Popen(
+            command,
+            env=env | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=(folder / f"errors_{rank}").open("w"),
+            text=True,
+        )
+        for rank in "01"
+    ]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_the_other_worker_ends(lost: int, how: signal.Signals, tmp_path: Path) -> None:
+    """Killed, its connection closes; stopped, nothing but the time allowed for a reduction tells."""
+    workers = start(tmp_path)
+    try:
+        beat, until = tmp_path / f"beat_{lost}", time.monotonic() + 240
+        while not (beat.exists() and int(beat.read_text() or 0) >= 9):
+            assert time.monotonic() < until and workers[lost].poll() is None, (tmp_path / f"errors_{lost}").read_text()
+            time.sleep(0.05)
+        assert workers[1 - lost].poll() is None, "it ended before"
+        workers[lost].send_signal(how)
+        assert workers[1 - lost].wait(timeout=SECONDS + 60) != 0
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    said = (tmp_path / f"errors_{1 - lost}").read_text()
+    assert ("Timed out" if how == signal.SIGSTOP else "by peer") in said, said[-2000:]
+    assert int((last_complete_checkpoint(str(tmp_path / "run")) or "-0").rpartition("-")[2]) >= 4
