@@ -185,10 +185,14 @@ def test_the_scale_is_resumed(tmp_path: Path) -> None:
     assert whole._core.optimizer.scaler.get_scale() > 2.0**10
 
 
-@pytest.mark.parametrize("method", ["rigl", "set"])
-def test_masks_that_change_at_their_time_are_refused(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method, flag", [("rigl", True), ("set", True), ("set", False)])
+def test_masks_that_change_at_their_time_are_refused(
+    method: str, flag: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the launcher says float16, in the environment."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if flag else "fp16")
     with pytest.raises(ValueError, match=r"with --fp16; needs a run without.*set --bf16"):
-        fit(tmp_path, tiny("gpt2"), method=method, fp16=True)
+        fit(tmp_path, tiny("gpt2"), method=method, fp16=flag)
 
 
 @pytest.mark.parametrize("asked", [{"core": "low_rank", "core_config": {"rank": 4}}, {"method": "sam"}], ids=str)
