@@ -14,13 +14,13 @@ sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 from benchmarks import inference, ladder
 
 
-def write_run(folder: Path, sizes: dict[str, int], losses: dict[str, float], updates: int = 5) -> str:
+def write_run(folder: Path, sizes: dict[str, int], losses: dict[str, float], seed: int = 0) -> str:
     """What a recipe leaves of a run."""
     networks = [
         {"name": name, "parameters": size, "flops_per_token": 2 * size, "scores": {"loss": 1.0}}
         for name, size in sizes.items()
     ]
-    run = {"arm": "joint", "seed": 0, "core_updates": updates, "flops": 100, "core": losses, "history": []}
+    run = {"arm": "joint", "seed": seed, "core_updates": 5, "flops": 100, "core": losses, "history": []}
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps({"networks": networks, "runs": [run]}))
     return str(folder)
@@ -38,10 +38,10 @@ def test_rungs_meet_the_runs_of_their_size(tmp_path: Path, capsys: pytest.Captur
         ("core", [3.0], [2.5]),
     ]
     printed = capsys.readouterr().out
-    assert "-0.5000" in printed and "ladder 100, the runs alone together 200" in printed
+    assert "-0.5000" in printed and "5 updates of the ladder, 100 FLOPs; the runs alone together 200" in printed
     assert (tmp_path / "out" / "ladder.png").stat().st_size > 0
-    with pytest.raises(ValueError, match="6 core_updates"):
-        ladder.main([whole, write_run(tmp_path / "longer", {"full": 100, "core": 20}, {"loss": 4.5}, 6), *out])
+    with pytest.raises(ValueError, match=r"seeds \[6\]"):
+        ladder.main([whole, write_run(tmp_path / "other seed", {"full": 100, "core": 20}, {"loss": 4.5}, 6), *out])
     with pytest.raises(ValueError, match="30 parameters"):
         ladder.main([whole, write_run(tmp_path / "other", {"full": 100, "core": 30}, {"loss": 4.5}), *out])
 

@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/ladder.py LADDER ALONE [ALONE ...] --output_dir OUT
 
-LADDER is the output folder of a recipe whose core is a ladder, every ALONE that of a run of one of its sizes, with as many
-core updates and the same seeds. OUT gets `table.md`, `ladder.png` and `results.json`.
+LADDER is the output folder of a recipe whose core is a ladder, every ALONE that of a run of one of its sizes, with the same
+seeds. OUT gets `table.md`, `ladder.png` and `results.json`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
     rows = [compare(ladder, read(folder), args.metric) for folder in args.alone]
     rows.sort(key=lambda row: row["parameters"])
     total, separate = ladder["flops"], sum(row["alone_flops"] for row in rows)
-    text = (
-        f"{table(rows, args.metric)}\n\nTraining FLOPs: ladder {total:.3g}, the runs alone together {separate:.3g}.\n"
-    )
+    costs = f"{ladder['core_updates']:,} updates of the ladder, {total:.3g} FLOPs; the runs alone together {separate:.3g} FLOPs."
+    text = f"{table(rows, args.metric)}\n\n{costs}\n"
     print(text)
     (out / "table.md").write_text(text, encoding="utf-8")
     draw(rows, ladder["full"], args.metric, out / "ladder.png")
@@ -75,14 +74,13 @@ def read(folder: str) -> Row:
 def compare(ladder: Row, alone: Row, metric: str) -> Row:
     """The rung of the size that was trained alone, beside it.
 
-    Raises: ValueError for other counts of updates, other seeds, or a size that is not on the ladder.
+    Raises: ValueError for other seeds, or a size that is not on the ladder.
     """
-    for what in ("core_updates", "seeds"):
-        if ladder[what] != alone[what]:
-            raise ValueError(
-                f"got {alone[what]} {what} in {alone['folder']}; needs the ladder's {ladder[what]}, because both are compared at "
-                "equal ones; train it anew"
-            )
+    if ladder["seeds"] != alone["seeds"]:
+        raise ValueError(
+            f"got the seeds {alone['seeds']} in {alone['folder']}; needs the ladder's {ladder['seeds']}, because runs are compared "
+            "seed by seed; train it anew"
+        )
     core = alone["networks"]["core"]
     found = [n for n in ladder["networks"].values() if n["parameters"] == core["parameters"]]
     if not found:
@@ -98,17 +96,26 @@ def compare(ladder: Row, alone: Row, metric: str) -> Row:
         "flops_per_token": core["flops_per_token"],
         "in_ladder": [scores[key] for scores in ladder["cores"]],
         "alone": [scores[metric] for scores in alone["cores"]],
+        "alone_updates": alone["core_updates"],
         "alone_flops": alone["flops"],
     }
 
 
 def table(rows: list[Row], metric: str) -> str:
     """One row per rung."""
-    headings = ["rung", "parameters", "FLOPs/token", f"{metric} in the ladder", f"{metric} alone", "difference"]
+    headings = [
+        "rung",
+        "parameters",
+        "FLOPs/token",
+        "updates alone",
+        f"{metric} in the ladder",
+        f"{metric} alone",
+        "difference",
+    ]
     cells = []
     for row in rows:
         gaps = [mine - other for mine, other in zip(row["in_ladder"], row["alone"], strict=True)]
-        sizes = [row["rung"], f"{row['parameters']:,}", f"{row['flops_per_token']:,}"]
+        sizes = [row["rung"], *(f"{row[key]:,}" for key in ("parameters", "flops_per_token", "alone_updates"))]
         cells.append([*sizes, *(spread(values, 4) for values in (row["in_ladder"], row["alone"], gaps))])
     return render(headings, cells)
 
@@ -122,7 +129,7 @@ def draw(rows: list[Row], full: Row, metric: str, path: Path) -> None:
         errors = [statistics.stdev(row[key]) if len(row[key]) > 1 else 0.0 for row in rows]
         axes.errorbar(sizes, means, yerr=errors, fmt=marker, capsize=4, label=label)
     axes.plot([full["parameters"]], [full["scores"][metric]], "s", color="grey", label="full network")
-    axes.set(xlabel="parameters", ylabel=f"{metric} of the core", title="A ladder and its rungs, equal core updates")
+    axes.set(xlabel="parameters", ylabel=f"{metric} of the core", title="A ladder and its rungs trained alone")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
