@@ -220,10 +220,11 @@ class MaskedArgumentsMixin:
     def _refuse_deepspeed(self) -> None:
         """Before Transformers imports it, and takes its configuration for that of the run."""
         asked = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"  # type: ignore[attr-defined]
-        if asked and (self.core not in (None, "none") or self.method is not None):
-            what = f"core={self.core!r}" if self.core is not None else f"method={self.method!r}"
+        trained = {"core": self.core, "cores": self.cores, "method": self.method}
+        named = [f"{name}={value!r}" for name, value in trained.items() if value not in (None, "none")]
+        if asked and named:
             raise ValueError(
-                f"got {what} with DeepSpeed; needs a run without, because its engine makes the steps, of one network and of all "
+                f"got {named[0]} with DeepSpeed; needs a run without, because its engine makes the steps, of one network and of all "
                 "of it; drop one of them, or shard the full network with FSDP2 as the guide shows"
             )
 

@@ -112,7 +112,7 @@ def test_outputs_without_logits_need_no_distillation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3, None])
-@pytest.mark.parametrize("asked", [{"core": "low_rank"}, {"method": "sam"}], ids=str)
+@pytest.mark.parametrize("asked", [{"core": "low_rank"}, {"cores": {"a": {}}}, {"method": "sam"}], ids=str)
 def test_deepspeed_is_refused_before_it_is_imported(
     asked: dict[str, Any], stage: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
