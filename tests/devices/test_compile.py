@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,22 @@ def test_one_graph_per_network(options: dict[str, Any], graphs: int, tmp_path: P
         assert counters["stats"]["unique_graphs"] == (graphs if compiled else 0)
     assert not counters["recompiles"] and not counters["graph_break"]
     assert difference(found[1], found[0]) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler here")
+@pytest.mark.parametrize("options, graphs", RUNS, ids=["ride_along", "alternate", "sam", "badam"])
+def test_inductor_gives_what_eager_gives(options: dict[str, Any], graphs: int, tmp_path: Path) -> None:
+    """Fused otherwise, so to rounding; every network compiled once."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = (
+        fit(tmp_path, tiny("llama").double(), optim="sgd", **options, **backend)
+        for backend in ({}, {"torch_compile": True, "torch_compile_backend": "inductor"})
+    )
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["recompiles"]
+    networks = [(plain.model, compiled.model)]
+    networks += [(plain.core_model, compiled.core_model)] if "core" in options else []
+    for mine, theirs in networks:
+        found = values(theirs)
+        assert max(float((p - found[name]).abs().max()) for name, p in values(mine).items()) < 1e-7
