@@ -85,10 +85,11 @@ def updates_of(plan: Plan, network: Network, max_steps: int, seed: int, curve: s
     return max_steps if curve == "shared" else max(1, plan.count(network, max_steps, max_steps, seed))
 
 
-def split_steps(config: Any, schedule: Schedule, max_steps: int) -> set[int]:
+def split_steps(config: Any, schedule: Schedule, max_steps: int, seed: int) -> set[int]:
     """The update steps before which the core is split anew from the full network."""
     if config.split_at is None and config.split_every is None:
-        step = schedule.split_step(max_steps)
+        said = getattr(schedule, "split_step", None)
+        step = said(max_steps) if said is not None else Plan(schedule).first_ride(max_steps, seed)
         return set() if step is None else {step}
     given = config.split_at if isinstance(config.split_at, list) else [config.split_at]
     steps = {resolve_step(at, max_steps) for at in given if at is not None}
@@ -100,7 +101,11 @@ def refuse_no_split(core: Any, schedule: Schedule) -> None:
 
     Raises: ValueError.
     """
-    if getattr(core, "by_activation", False) and not core.calibrated and not split_steps(core.config, schedule, 100):
+    if (
+        getattr(core, "by_activation", False)
+        and not core.calibrated
+        and not split_steps(core.config, schedule, 100, 0)
+    ):
         raise ValueError(
             f"got init='activation' with the schedule {schedule}, which never splits the core; needs a split or calibration "
             "before, because the core is fitted to inputs and has seen none; set split_at in --core_config, or call "

@@ -223,7 +223,7 @@ class MaskedTrainerMixin(UpdateStepMixin, DistributedMixin, JointReportingMixin,
             self, lambda: create_scheduler(span, optimizer=run.optimizer), run.optimizer, run.learning_rate_scale
         )
         run.first_ride = run.plan.first_ride(max_steps, self.args.mask_seed)
-        run.splits = split_steps(core.config, run.plan.schedule, max_steps)
+        run.splits = split_steps(core.config, run.plan.schedule, max_steps, self.args.mask_seed)
         run.turns = run.plan.turns(max_steps, self.args.mask_seed) if core.nested else []
 
     def _mask_steps_of(self, *optimizers: Any) -> None:

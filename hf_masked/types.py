@@ -134,13 +134,12 @@ class Schedule(Protocol):
     """t -> which network each update of step t trains, in order.
 
     The first entry is trained on the trainer's own batch; further entries are core updates that ride along.
+
+    What it may have besides, looked for by name: split_step(max_steps) -> the update step before which the core becomes
+    the best part of the full network, or None for never. Without it, that is the first step with a core update that rides along.
     """
 
     def __call__(self, info: StepInfo) -> tuple[Network, ...]: ...  # pragma: no cover
-
-    def split_step(self, max_steps: int) -> int | None:
-        """The update step before which the core becomes the best part of the full network, or None for never."""
-        ...  # pragma: no cover
 
 
 @dataclass(frozen=True)

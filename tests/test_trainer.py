@@ -15,15 +15,17 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_masked import (
+    LowRankCoreConfig,
     MaskedSeq2SeqTrainer,
     MaskedSeq2SeqTrainingArguments,
     MaskedTrainer,
     Plan,
     StepInfo,
+    add_core,
     extract_core,
     get_core,
 )
-from hf_masked.schedules import make_schedule
+from hf_masked.schedules import RideAlong, make_schedule
 
 # --- schedules ---------------------------------------------------------------------------------------------------------
 
@@ -67,6 +69,22 @@ def test_schedule_trains_what_it_says(schedule: str, coupling: str, tmp_path: Pa
         assert moved[F] == may[F], step
         if step not in splits:
             assert moved[C] == may[C], step
+
+
+def test_a_plain_function_of_the_step_is_a_schedule(tmp_path: Path) -> None:
+    def trained(name: str, schedule: Any, **config: Any) -> dict[str, torch.Tensor]:
+        model = add_core(tiny(), LowRankCoreConfig(rank=RANK, **config))
+        trainer = MaskedTrainer(model, arguments(tmp_path / name), plan=Plan(schedule), train_dataset=rows())
+        trainer.train()
+        return values(get_core(model).model)
+
+    def after_two(info: StepInfo) -> tuple[str, ...]:
+        return (F,) if info.step < 2 else (F, C)
+
+    own, named = trained("own", after_two), trained("named", RideAlong(1.0, start=2))
+    assert all(torch.equal(own[name], named[name]) for name in named), "not split where its core updates start"
+    unsplit = trained("unsplit", after_two, split_at=[])
+    assert any(not torch.equal(unsplit[name], named[name]) for name in named)
 
 
 # --- logging -----------------------------------------------------------------------------------------------------------
