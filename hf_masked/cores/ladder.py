@@ -26,7 +26,7 @@ def check_sampling(sampling: str) -> None:
             "it says which rung a core update runs at")  # fmt: skip
 
 
-def rung_values(options: Mapping[str, tuple[object, bool]]) -> list[dict[str, Any]]:
+def rung_values(options: Mapping[str, tuple[Any, bool]]) -> list[dict[str, Any]]:
     """The options of every rung, where some have a value for each and the others one for all; none without a ladder.
 
     Args: `options`: name -> (its value, whether that is a list of one per rung).
@@ -36,15 +36,15 @@ def rung_values(options: Mapping[str, tuple[object, bool]]) -> list[dict[str, An
     >>> rung_values({"neurons": ([0.25, 0.5], True), "heads": (1.0, False)})
     [{'neurons': 0.25, 'heads': 1.0}, {'neurons': 0.5, 'heads': 1.0}]
     """
-    lists: dict[str, Any] = {name: value for name, (value, many) in options.items() if many}
+    lists = {name: value for name, (value, many) in options.items() if many}
     if not lists:
         return []
     first, *others = lists
     for other in others:
         require(len(lists[other]) == len(lists[first]), other, lists[other], f"as many values as {first}={lists[first]}",
                 "each rung takes one of either")  # fmt: skip
-    fixed = {name: value for name, (value, many) in options.items() if not many}
-    return [fixed | {name: values[i] for name, values in lists.items()} for i in range(len(lists[first]))]
+    rungs = range(len(lists[first]))
+    return [{name: value[i] if many else value for name, (value, many) in options.items()} for i in rungs]
 
 
 def choose_rung(rungs: int, sampling: RungSampling, info: StepInfo) -> int:
