@@ -104,6 +104,11 @@ def keep_local(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch
     return future
 
 
+def _uncompiled(network: Any) -> Any:
+    """What accelerate wrapped, without torch.compile's wrapper around that."""
+    return getattr(network, "_orig_mod", network)
+
+
 class DistributedMixin(JointHooks):
     """The part of `MaskedTrainerMixin` that several processes need."""
 
@@ -120,8 +125,8 @@ class DistributedMixin(JointHooks):
         wrapped += [(run.phase, run.wrapped, get_core(self.model, run.name).model) for run in self._cores]
         for phase, network, model in wrapped:
             if isinstance(phase.grad_mask, CompressedReduction):
-                phase.grad_mask.attach(network, dict(model.named_parameters()), lambda: self._now().info)
-        rule, full = self.plan.full.perturbation, self.model_wrapped
+                phase.grad_mask.attach(_uncompiled(network), dict(model.named_parameters()), lambda: self._now().info)
+        rule, full = self.plan.full.perturbation, _uncompiled(self.model_wrapped)
         if isinstance(rule, Subnets) and isinstance(full, DistributedDataParallel):
             if self._workers is None or self._workers.network is not full:
                 full.register_comm_hook(None, keep_local)

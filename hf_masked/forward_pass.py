@@ -112,9 +112,8 @@ class ForwardPassMixin(JointHooks):
         """Refuse, in the first forward pass, what core updates could not use when their time comes."""
         if any(run.learns for run in self._cores):
             self._logits(self.model, inputs, outputs)
-        last = StepInfo(self.state.max_steps - 1, self.state.max_steps, self.args.mask_seed)
         for run in self._cores:
-            if run.rides(last):
+            if run.first_ride is not None:
                 run.replay.check(inputs)
         self._checked = True
 

@@ -170,6 +170,7 @@ def save_training(checkpoint: str | Path, training: CoreTraining, should_save: b
         folder = _folder(checkpoint, name)
         state = {
             "scheduler": run.scheduler.state_dict(),
+            "rate": run.rate,
             "yielding_weight": run.yielding.state_dict(),
             "own_optimizer": training.own_optimizer,
             "distill_buffer": {"batches": len(run.replay.batches), "bytes": run.replay.bytes},
@@ -199,6 +200,7 @@ def _load_core_training(folder: Path, run: CoreRun, own_optimizer: bool, device:
     state = load_state(folder, "state")
     with reading(folder / "state.json"):
         run.scheduler.load_state_dict(state["scheduler"])
+        run.rate = float(state["rate"])
         run.yielding.load_state_dict(state["yielding_weight"], device)
     if own_optimizer:
         moments = load_state(folder, "optimizer")

@@ -218,6 +218,10 @@ class MaskedSteps:
         """From now on obey this mask; None lets every entry move."""
         self._wanted = wanted
 
+    def renew(self) -> None:
+        """Take nothing that masks hold for zero any more: parameters were set anew."""
+        self._held_zero = {}
+
     def _enter(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._wanted is not None:
             self._open.enter_context(masked_step(optimizer, self._to_hold(optimizer, self._wanted), self._room))

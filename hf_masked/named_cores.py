@@ -56,12 +56,16 @@ def parse_cores(given: dict[str, Any] | str) -> dict[str, NamedCore]:
 def _parse_core(values: Mapping[str, Any]) -> NamedCore:
     options = dict(values)
     kind = options.pop("kind", LowRankCoreConfig.kind)
-    if kind not in CORE_KINDS:
-        raise ValueError(f"got kind={kind!r}; needs one of {list(CORE_KINDS)}")
+    if not isinstance(kind, str) or kind not in CORE_KINDS:
+        raise ValueError(
+            f"got kind={kind!r}; needs one of {list(CORE_KINDS)}, because it says which options there are; set kind there"
+        )
     own = {option: options.pop(option) for option in OWN if option in options}
     for option, value in own.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"got {option}={value!r}; needs a number")
+            raise ValueError(
+                f"got {option}={value!r}; needs a number, because it is reckoned with; set {option} there"
+            )
     if not 0 < own.get("core_learning_rate_scale", 1) < math.inf:
         raise ValueError(
             f"got core_learning_rate_scale={own['core_learning_rate_scale']}; needs a finite number > 0, because it multiplies "

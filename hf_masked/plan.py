@@ -63,16 +63,17 @@ class Plan:
     def validate(self, max_steps: int, seed: int) -> None:
         """Refuse a plan that cannot do what it says.
 
-        Raises: ValueError where a step trains nothing, where anything but the core rides along, or where a network
-            is never trained although the schedule is neither "core_only" nor "full_only".
+        Raises: ValueError where a step trains nothing, where anything but the core rides along or on anything but a full
+            update, or where a network is never trained although the schedule is neither "core_only" nor "full_only".
         """
         trained: set[Network] = set()
         for step in range(max_steps):
             networks = self.schedule(StepInfo(step, max_steps, seed))
-            if not networks or any(n != "core" for n in networks[1:]):
+            rides = networks[1:]
+            if not networks or any(n != "core" for n in rides) or (rides and networks[0] != "full"):
                 raise ValueError(
-                    f"got {networks} for update step {step}; needs a network, then only 'core', because what follows "
-                    "the trainer's own update must leave the full network alone; mend the schedule of plan="
+                    f"got {networks} for update step {step}; needs one network, or 'full' and then only 'core', because what "
+                    "follows learns from the full network's update and must leave that network alone; mend the schedule of plan="
                 )
             trained.update(networks)
         if "sum" in trained:

@@ -100,6 +100,7 @@ class Mask(Protocol):
     error: a dict of tensors by name; added to the gradients before it is asked, and set to what its mask left out.
     support(info, parameters) -> masks: asked before the forward pass; entries with False are set to zero there. Empty
         where nothing has changed since the last answer.
+    renew(): called where parameters were set anew, by a split of the core, so that `support` answers again.
     rates(info, names) -> name -> factor: of the learning rate in this update; a name left out has 1.
     state_dict() -> tensors by name, load_state_dict(tensors): kept in checkpoints; an empty dict begins anew.
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .apply import hold_still, mask_update, release, zero_outside
-from .cores import split
+from .apply import hold_still, mask_update, release, rules_of, zero_outside
+from .core_run import CoreRun
+from .cores import get_core, split
 from .distillation import Teaching
 from .forward_pass import ForwardPass, UpdateStep
 from .loss_scale import unscale, unscaled, use_scaler_of
@@ -104,12 +105,23 @@ class UpdateStepMixin(WatchedStepMixin):
                 renewed = split(self.model, name=run.name)
                 for stepper in (run, self._full):
                     forget_moments(stepper.optimizer, renewed)
+                self._renew_masks(run)
         if step.phase.network == "core":
             self._use(self._core)
             self._core.take_rates()
         elif self._one_state():
             self._full.take_rates()
             self._core.note_rate()
+
+    def _renew_masks(self, run: CoreRun) -> None:
+        """Tell the masks of what a split has set anew that it was."""
+        shared = get_core(self.model, run.name).config.coupling == "shared"
+        for phase in (run.phase, self.plan.full) if shared else (run.phase,):
+            for rule in rules_of(phase):
+                if hasattr(rule, "renew"):
+                    rule.renew()
+        for steps in self._masked_steps:
+            steps.renew()
 
     def _forward_backward(
         self, model: Any, inputs: Any, num_items: Any, phase: Phase, network: str, teaching: Teaching | None = None

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from architectures import architecture
-from common import Watch, difference, fit, rows, tiny, values
+from common import Watch, arguments, difference, fit, rows, tiny, values
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import Trainer
 
-from hf_masked import LowRankCoreConfig, StepInfo, add_core, get_core
+from hf_masked import LowRankCoreConfig, MaskedTrainer, StepInfo, add_core, get_core
 from hf_masked.distillation import Teaching, YieldingWeight, divergence, trained_positions
 from hf_masked.randomness import own_random_stream
 from hf_masked.replay import Batch, Microbatch, ReplayBuffer
@@ -243,6 +243,22 @@ def test_buffer_is_logged_in_bytes_and_carried_by_checkpoints(tmp_path: Path) ->
         assert size == sum(t.nbytes for name, t in stored.items() if name != "uses")
     assert said[0] < said[1] < said[2], "it does not fill"
     assert all(t.device.type == "cpu" for b in trainer._core.replay.batches for t in b.tensors().values())
+
+
+def test_inputs_that_no_checkpoint_carries_are_refused_in_the_first_step(tmp_path: Path) -> None:
+    """However seldom core updates come: half of one per step leaves the last step without."""
+    model = tiny(core="free")
+    schedule = {"name": "ride_along", "core_updates": 0.5, "start": 2}
+    args = arguments(tmp_path, max_steps=5, schedule=schedule, distill_weight=0.0, remove_unused_columns=False)
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = {name: torch.stack([example[name] for example in examples]) for name in ("input_ids", "labels")}
+        return batch | {"use_cache": False}
+
+    trainer = MaskedTrainer(model, args, train_dataset=rows(), data_collator=collate)
+    with pytest.raises(TypeError, match=r"'use_cache' of type bool.*distill_buffer 0"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_buffer_refuses_what_a_checkpoint_could_not_carry() -> None:

@@ -69,6 +69,14 @@ def test_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
         assert difference(everything(resumed), expected) is None, f"resumed from step {step}"
 
 
+def test_the_rate_of_a_core_update_before_the_checkpoint_is_logged_after_it(tmp_path: Path) -> None:
+    seldom = {"schedule": {**RIDE, "core_updates": 0.5, "start": 2}, "logging_steps": 5}
+    straight = run(tmp_path / "straight", "bare", **seldom)
+    resumed = run(tmp_path / "resumed", "bare", resume=tmp_path / "straight" / "checkpoint-4", **seldom)
+    rates = [[row["learning_rate_core"] for row in log(t) if "loss_core" in row] for t in (straight, resumed)]
+    assert rates[0] == rates[1] and rates[0][0] > 0
+
+
 # --- negative controls -------------------------------------------------------------------------------------------------
 
 

@@ -375,7 +375,7 @@ def test_a_core_is_no_part_of_the_next_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Small", "a b", "../x", "core-r8", "_x", "", "1st", "lambda", "eval", "train", "joint", "é"]
+    "name", ["Small", "a b", "../x", "core-r8", "_x", "", "1st", "lambda", "eval", "train", "joint", "checkpoint", "é"]
 )
 def test_names_that_metrics_and_folders_cannot_have_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="got the core name"):

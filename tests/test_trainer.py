@@ -71,6 +71,12 @@ def test_schedule_trains_what_it_says(schedule: str, coupling: str, tmp_path: Pa
             assert moved[C] == may[C], step
 
 
+def test_nothing_rides_along_with_a_core_update(tmp_path: Path) -> None:
+    plan = Plan(lambda info: (C, C) if info.step else (F,))
+    with pytest.raises(ValueError, match=r"for update step 1; needs one network, or 'full' and then only 'core'"):
+        MaskedTrainer(tiny(core="free"), arguments(tmp_path, max_steps=3), plan=plan, train_dataset=rows())
+
+
 def test_a_plain_function_of_the_step_is_a_schedule(tmp_path: Path) -> None:
     def trained(name: str, schedule: Any, **config: Any) -> dict[str, torch.Tensor]:
         model = add_core(tiny(), LowRankCoreConfig(rank=RANK, **config))

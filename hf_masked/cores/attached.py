@@ -16,7 +16,7 @@ from .modules import unwrap
 # what logs, metrics and folders have under these names already
 _TAKEN = (
     "full", "sum", "eval", "train", "test", "predict", "loss", "model", "samples", "steps", "runtime", "joint",
-    "training_state", "runs", "logs",
+    "training_state", "runs", "logs", "checkpoint",
 )  # fmt: skip
 
 

@@ -210,8 +210,8 @@ class ResizedCore(Core):
                 own = {*self.changes.get(name, {}), *(part for part in mine if part), "distributed_config"}
                 vars(config).update({k: v for k, v in vars(theirs[name]).items() if k not in own})
             super().sync(full)
-        for rung in self.rungs.values():
-            rung.sync(full if self.config.coupling == "shared" else self.model)
+            for rung in self.rungs.values():
+                rung.sync(full if self.config.coupling == "shared" else self.model)
 
     def _inside(self) -> dict[int, Part | None]:
         """id of each parameter that this network runs with -> the part of it that it has; None for all of it."""

@@ -210,8 +210,8 @@ class SparseCore(ParametrizedCore):
     def update_mask(self) -> Any:
         if self.config.coupling == "free":
             return self._grown
-        masks = {name: masked.mask for name, masked in self.masked.items()}
-        return lambda info, gradients: {name: mask for name, mask in masks.items() if name in gradients}
+        # looked up in every update: a split puts other masks in their place
+        return lambda info, gradients: {name: m.mask for name, m in self.masked.items() if name in gradients}
 
     def extract(self, core_format: str) -> PreTrainedModel:
         """ "dense": a plain model with the zeros in it; "semi_structured": that in the format of `to_semi_structured`."""

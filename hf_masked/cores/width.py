@@ -94,6 +94,9 @@ class WidthCoreConfig(CoreConfig):
 
     def build(self, model: PreTrainedModel) -> Core:
         *smaller, last = [*self.rungs.items()] or [("", self)]
+        for (name, rung), (other, larger) in pairwise([*smaller, last]):
+            require(sizes(model, rung) != sizes(model, larger), "neurons", self.neurons, "rungs of different sizes, by heads too",
+                    f"{name} and {other} are one network")  # fmt: skip
         core = WidthCore(model, self, sizes(model, last[1]))
         source = model if self.coupling == "shared" else core.model
         parts = {name: replace(rung, coupling="shared", order="first") for name, rung in smaller}

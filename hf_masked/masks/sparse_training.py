@@ -87,6 +87,10 @@ class GradualPruning:
         self.masks = largest_by_name({name: p.abs() for name, p in found.items()}, density, self.scope)
         return self.masks
 
+    def renew(self) -> None:
+        """Choose again by the parameters as they are now."""
+        self._reached = None
+
     def __call__(self, info: StepInfo, gradients: Tensors, parameters: Tensors) -> Masks:
         return {name: self.masks[name].to(g.device) for name, g in gradients.items() if name in self.masks}
 
@@ -158,6 +162,10 @@ class DynamicSparsity:
         changed, self._changed = self._changed, False
         return {name: mask.to(parameters[name].device) for name, mask in self.masks.items()} if changed else {}
 
+    def renew(self) -> None:
+        """Say the mask again, since what it leaves out is no longer zero."""
+        self._changed = True
+
     def _first(self, info: StepInfo, found: Tensors) -> Masks:
         shapes = {name: p.shape for name, p in found.items()}
         densities = dict.fromkeys(shapes, self.density)
@@ -198,4 +206,5 @@ class DynamicSparsity:
     def load_state_dict(self, tensors: Tensors) -> None:
         """Go on from `state_dict()`."""
         self.masks = {key.removeprefix("mask."): mask for key, mask in tensors.items() if key != "period"}
-        self._period, self._changed = int(tensors.get("period", 0)), False
+        # said once more: a mask may have changed, or the core been split, in the step before the checkpoint
+        self._period, self._changed = int(tensors.get("period", 0)), True

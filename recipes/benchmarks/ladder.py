@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
 def read(folder: str) -> Row:
     """What a recipe wrote of its joint runs, one per seed, and of its networks."""
     results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-    runs = [run for run in results["runs"] if run["arm"] == "joint"]
+    runs = [run for run in results["runs"] if run["arm"] == "joint" and run["chosen"]]
     networks = {network["name"]: network for network in results["networks"]}
     return {
         "folder": folder,
