@@ -20,9 +20,18 @@ def write_run(folder: Path, sizes: dict[str, int], losses: dict[str, float], see
         {"name": name, "parameters": size, "flops_per_token": 2 * size, "scores": {"loss": 1.0}}
         for name, size in sizes.items()
     ]
-    run = {"arm": "joint", "seed": seed, "core_updates": 5, "flops": 100, "core": losses, "history": []}
+    run = {
+        "arm": "joint",
+        "seed": seed,
+        "core_updates": 5,
+        "flops": 100,
+        "core": losses,
+        "history": [],
+        "chosen": True,
+    }
+    another = {**run, "core": dict.fromkeys(losses, 9.0), "chosen": False}  # at a learning rate that lost
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps({"networks": networks, "runs": [run]}))
+    (folder / "results.json").write_text(json.dumps({"networks": networks, "runs": [run, another]}))
     return str(folder)
 
 
