@@ -9,6 +9,7 @@ from torch import nn
 
 from .cores.base import Core
 from .cores.depth import DepthCore
+from .cores.modules import running_statistics
 from .cores.sharded import refuse_sharded
 from .plan import Plan
 from .schedules import Sum, resolve_step
@@ -127,6 +128,10 @@ def refuse_rungs(core: Core, plan: Plan, args: Any) -> None:
         "several processes that look for no unused parameters": (
             isinstance(core, DepthCore) and args.world_size > 1 and not _finds_unused(args),
             "they would wait for gradients of the blocks that a shallower rung skips; set --ddp_find_unused_parameters true",
+        ),
+        "running statistics and several processes": (
+            args.world_size > 1 and running_statistics(core.model) is not None,
+            "each would keep a smaller rung's of its own part of the batches",
         ),
     }
     for what, (applies, reason) in reasons.items():

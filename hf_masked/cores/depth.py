@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from .base import Core, CoreConfig, require
 from .ladder import RungSampling, check_sampling, rung_values
-from .resized import Changes, Part, ResizedCore, skeleton, sub_configs
+from .parts import Part
+from .resized import Changes, ResizedCore, skeleton, sub_configs
 
 Keep = float | list[int]
 Ladder = list[float] | list[list[int]]

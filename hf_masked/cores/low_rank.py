@@ -24,6 +24,7 @@ from .modules import (
     named_tensors,
     parameter_sites,
     parent_and_name,
+    running_statistics,
     say_untied,
     tied_parameters,
     without_autocast,
@@ -209,6 +210,12 @@ def build_low_rank_core(
 
     Args: `moments`: module path -> second moment of its inputs, for init "activation"; without them it starts as "svd" does.
     """
+    if config.ranks is not None and (norm := running_statistics(model)) is not None:
+        raise ValueError(
+            f"got ranks={config.ranks} for a {type(model).__name__} whose {norm} keeps running statistics; needs one rank, because "
+            "all ranks would share them and none has the activations that they are of; set rank, or --core depth or width, whose "
+            "rungs have their own"
+        )
     sites = find_sites(model, config, moments)
     tied = tied_parameters(model)
     weights = {path: linear_at(model, path).weight for path in sites}

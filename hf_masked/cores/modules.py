@@ -55,6 +55,12 @@ def parameter_sites(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.
                 yield module, path, name, parameter
 
 
+def running_statistics(model: nn.Module) -> str | None:
+    """The path of a module that keeps running statistics of what it sees in training (batch normalisation); None without."""
+    kept = (path for path, module in model.named_modules() if getattr(module, "running_mean", None) is not None)
+    return next(kept, None)
+
+
 def tied_parameters(model: nn.Module) -> set[int]:
     """ids of the parameters that stand in more than one place."""
     seen: set[int] = set()

@@ -7,8 +7,6 @@ network's own, copies of them, or cuts. So whatever it computes, stock transform
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,56 +18,11 @@ from ..types import Mask, StepInfo
 from .base import Core, CoreConfig, Rung, tables
 from .ladder import RungSampling, choose_rung
 from .modules import parameter_sites
+from .parts import Cutting, Part
 
 Changes = dict[str, dict[str, Any]]
 """Name of a sub-config ("" for the model's own) -> field -> new value."""
 Value = Callable[[str], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where a tensor of the core comes from: the full network's tensor `name`, cut to `kept` entries per dimension."""
-
-    name: str
-    kept: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (dimension, indices along it)
-
-    @cached_property
-    def _steps(self) -> list[tuple[int, int | torch.Tensor, int]]:
-        """Per dimension: where it starts and how long it is, or all of its indices where they are not consecutive."""
-        steps: list[tuple[int, int | torch.Tensor, int]] = []
-        for dim, indices in self.kept:
-            consecutive = indices == tuple(range(indices[0], indices[0] + len(indices)))
-            steps.append((dim, indices[0] if consecutive else torch.tensor(indices), len(indices)))
-        return steps
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part: a view where the indices are consecutive."""
-        for dim, start, length in self._steps:
-            if isinstance(start, torch.Tensor):
-                tensor = tensor.index_select(dim, start.to(tensor.device))
-            else:
-                tensor = tensor.narrow(dim, start, length)
-        return tensor
-
-    def inside(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part as a bool mask of the whole tensor."""
-        mask = torch.ones_like(tensor, dtype=torch.bool)
-        for dim, indices in self.kept:
-            along = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
-            along[list(indices)] = True
-            mask &= along.view([-1 if d == dim else 1 for d in range(tensor.dim())])
-        return mask
-
-
-class _Cut(nn.Module):
-    """W -> its part, as a parametrization of the core's layer: only the part is ever multiplied."""
-
-    def __init__(self, part: Part):
-        super().__init__()
-        self.part = part
-
-    def forward(self, whole: torch.Tensor) -> torch.Tensor:
-        return self.part.of(whole)
 
 
 class ResizedCore(Core):
@@ -113,7 +66,7 @@ class ResizedCore(Core):
             part = self.parts[f"{path}.{name}".lstrip(".")]
             if part.kept:
                 module._parameters[name] = theirs[part.name]  # type: ignore[assignment]
-                parametrize.register_parametrization(module, name, _Cut(part), unsafe=True)
+                parametrize.register_parametrization(module, name, Cutting(part), unsafe=True)
 
     # ---- a ladder: smaller cores of this one, on its parameters ----
 
@@ -162,6 +115,12 @@ class ResizedCore(Core):
     def all_parameters(self) -> dict[str, nn.Parameter]:
         return self._parameters if self.rungs else super().all_parameters()
 
+    def tensors(self, full: nn.Module) -> dict[str, torch.Tensor]:
+        """Also the running statistics of every rung, which are of its own activations."""
+        own = {name: _buffers(rung.model) for name, rung in self.rungs.items()}
+        rungs = {f"core-{name}.{buffer}": tensor for name, held in own.items() for buffer, tensor in held.items()}
+        return super().tensors(full) | rungs
+
     # ---- the contract ----
 
     def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
@@ -171,6 +130,8 @@ class ResizedCore(Core):
             for name, mine in _tensors(self.model).items():
                 if name in self.parts and mine is not theirs[self.parts[name].name]:
                     mine.copy_(self.parts[name].of(theirs[self.parts[name].name]))
+        for rung in self.rungs.values():  # whose buffers are their own
+            rung.split(full if self.config.coupling == "shared" else self.model)
         return list(self.own_parameters(full).values())
 
     def extract(self, core_format: str) -> PreTrainedModel:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from ..cores.width import Cut, unit_cuts
+from ..cores.units import Cut, unit_cuts
 from ..types import StepInfo
 
 Tensors = Mapping[str, torch.Tensor]
