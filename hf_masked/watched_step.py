@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from .apply import MaskValues
+from .cores import get_core
 from .diagnostics import Measure, stepped_gradients
+from .displacement import buffers_kept
 from .distillation import Teaching
 from .forward_pass import ForwardPass
 from .randomness import random_state_kept
@@ -41,23 +43,30 @@ class WatchedStepMixin(SecondPassMixin):
         exact = ForwardPass(replace(phase, backward=None), network, teaching, first=True)
         gradients = self._first_gradient(model, inputs, num_items, exact, self._trained(step.phase))
         step.measure.add(gradients, 1 / self.current_gradient_accumulation_steps)
-        if self._joint and not (network == "core" and step.phase.network == "sum"):
+        if self._joint and not step.gaps:
             step.gaps = self._core_full_gaps(inputs)
 
     def _core_full_gaps(self, inputs: Any) -> dict[str, float]:
-        """The mean label loss of each core minus the full network's on a microbatch, with the same random numbers."""
-        losses = []
+        """The mean label loss of each core minus the full network's on an update's first microbatch, with the same random
+        numbers; of a core of several sizes, the whole one's."""
         batch = self._prepare_inputs(inputs)
-        for network in (*(run.wrapped for run in self._cores), self.model):
+
+        def loss(network: nn.Module) -> float:
             with (
                 torch.no_grad(),
                 random_state_kept(self.args.device),
+                buffers_kept(network),
                 self._host_metrics_apart(),
                 self.compute_loss_context_manager(),
             ):
                 network.train()
-                losses.append(float(self._loss_and_outputs(network, dict(batch), num_items_in_batch=None)[0]))
-        return {f"{run.name}_full_gap": loss - losses[-1] for run, loss in zip(self._cores, losses, strict=False)}
+                return float(self._loss_and_outputs(network, dict(batch), num_items_in_batch=None)[0])
+
+        gaps, of_full = {}, loss(self.model)
+        for run in self._cores:
+            with get_core(self.model, run.name).at_rung(None):
+                gaps[f"{run.name}_full_gap"] = loss(run.wrapped) - of_full
+        return gaps
 
     def _watch_update(self, phase: Phase, grad_mask: MaskValues, update_mask: MaskValues) -> None:
         """Look at what the optimizer is about to be given."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from common import difference, fit, rows, tiny, values
 from test_template import LR, dense_loss, train
+from torch import nn
 from transformers import default_data_collator
 
 from hf_masked import LowRankCoreConfig, MaskedTrainer, Phase, Plan, StepInfo, add_core, get_core
@@ -171,6 +172,24 @@ def test_the_gap_is_that_of_the_label_losses(tmp_path: Path) -> None:
     assert len(gaps) == 3 and abs(gaps[0] - (losses[1]["loss_core"] - losses[0]["loss_full"])) < 1e-4
     assert abs(gaps[1] - (losses[1]["loss_core"] - losses[2]["loss_full"])) < 1e-4
     assert abs(gaps[0] - gaps[1]) > 1e-3
+
+
+def test_the_gap_of_a_ladder_is_the_whole_core_s_and_is_taken_once_an_update(tmp_path: Path) -> None:
+    """Nothing moves at a learning rate of 0, so the gap is one number, whichever rung is drawn."""
+    model = tiny("opt", core="free", rank=0.125, ranks=[1, 4], rung_sampling="round_robin")
+    passes: list[nn.Module] = []
+    model.register_forward_hook(lambda module, *_: passes.append(module))
+    options = {"max_steps": 3, "diagnostics_steps": 1, "schedule": "core_only", "distill_weight": 0.0}
+    options |= {"learning_rate": 0.0, "gradient_accumulation_steps": 2}
+    trainer = fit(tmp_path, model, trainer_options={"train_dataset": rows(1) * 16}, **options)
+    assert len(passes) == 3, "core updates need the full network for the gap alone"
+    history = trainer.state.log_history
+    gaps = [row["core_full_gap"] for row in history if "core_full_gap" in row]
+    drawn = [row["loss_core"] for row in history if "loss_core" in row]
+    assert abs(drawn[0] - drawn[1]) > 1e-3, "the rungs are not told apart"
+    batch = default_data_collator(rows(1))
+    expected = [float(network.train()(**batch).loss.detach()) for network in (get_core(model).model, model)]
+    assert gaps == pytest.approx([expected[0] - expected[1]] * 3, abs=1e-5)
 
 
 # --- audit -------------------------------------------------------------------------------------------------------------
