@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .displacement import check_names
+from .parts import part_of
 from .types import Mask, ParameterMask, Phase, StepInfo
 
 Parameters = Mapping[str, nn.Parameter]
@@ -83,7 +84,7 @@ def evaluate_mask(
             needs = getattr(rule, "needs_parameters", False)
             mask = dict(call(info, gradients, values) if needs else call(info, gradients))
     check_names("mask", mask, parameters)
-    return mask
+    return {n: part_of(kept, parameters[n]) if isinstance(kept, torch.Tensor) else kept for n, kept in mask.items()}
 
 
 def mask_update(parameters: Parameters, phase: Phase, info: StepInfo) -> tuple[MaskValues, MaskValues]:

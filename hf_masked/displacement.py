@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .parts import part_of
+
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -44,7 +46,7 @@ def _displace(parameter: nn.Parameter, delta: torch.Tensor) -> torch.Tensor:
         parameter.data = torch.add(x, delta.expand_as(x), out=torch.empty_like(x))
         return x
     x = parameter.detach().clone()
-    parameter.add_(delta)
+    parameter.add_(part_of(delta, parameter))
     return x
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from .apply import MaskValues, Parameters
 from .masks.entries import count_of, indices_of
+from .parts import own_part
 from .types import StatePolicy
 
 # what moves no entry that is zero in the parameter, its gradient and its state
@@ -92,8 +93,10 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
             if parameter.grad is None:
                 continue
             entries = entries_of(optimizer, parameter, policy != "decay")
-            here = kept.expand(parameter.shape)
-            apart = policy != "decay" and len(entries) > 1 and parameter.is_contiguous()
+            here = own_part(kept.expand(parameter.shape))
+            # a part cannot be a vector in its tensor's place
+            whole = own_part(parameter) is parameter and parameter.is_contiguous()
+            apart = policy != "decay" and len(entries) > 1 and whole
             if apart and count_of(here) <= FEW * parameter.numel():
                 around.enter_context(_only(optimizer, parameter, here, policy, room))
             else:
@@ -109,7 +112,7 @@ def _held(
     """Let the optimizer step the whole tensor, then put back what must not move."""
     at = indices_of(~kept)
     if policy == "decay" and parameter.grad is not None:
-        _put(parameter.grad, at, 0.0)
+        _put(own_part(parameter.grad), at, 0.0)
     before = room.take(parameter, entries_of(optimizer, parameter, policy == "freeze"), at)
     yield
     for key, now in entries_of(optimizer, parameter, policy != "decay").items():
@@ -152,11 +155,11 @@ def _put(tensor: torch.Tensor, at: torch.Tensor, values: torch.Tensor | float) -
 
 
 def entries_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, with_state: bool) -> dict[str, torch.Tensor]:
-    """The parameter and its per-entry state.
+    """The parameter and its per-entry state, as far as they lie on this process.
 
     Raises: ValueError where some of the state is neither per entry nor one number.
     """
-    found = {"": parameter.detach()}
+    found = {"": own_part(parameter.detach())}
     for key, value in optimizer.state.get(parameter, {}).items() if with_state else ():
         if not isinstance(value, torch.Tensor) or (value.numel() == 1 and value.shape != parameter.shape):
             continue
@@ -166,7 +169,7 @@ def entries_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, with_s
                 f"{tuple(value.shape)}; needs state per entry, because that of single entries cannot be held or reset "
                 'otherwise; set {"state_policy": "decay"} in --method_config, or another --optim'
             )
-        found[key] = value
+        found[key] = own_part(value)
     return found
 
 

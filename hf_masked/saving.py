@@ -13,7 +13,7 @@ from .checkpoints import clear_aside, folder_aside, last_complete_checkpoint, pu
 from .cores import get_cores
 from .cores.base import DEFAULT_NAME
 from .cores.modules import unwrap
-from .cores.sharded import is_sharded
+from .cores.sharded import is_sharded, refuse_resuming
 from .durable import flush_all
 from .export import export
 from .full_state import load_full
@@ -156,6 +156,7 @@ class JointSavingMixin(TrainingStateMixin):
         super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        refuse_resuming(self.model, resume_from_checkpoint)
         if not self._joint:
             self._check_training_state(resume_from_checkpoint)
             if not self._load_whole(resume_from_checkpoint):

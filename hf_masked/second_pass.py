@@ -22,6 +22,7 @@ from .cores import has_core
 from .displacement import Tensors, buffers_kept, displaced, gradients_apart
 from .distillation import Teaching
 from .forward_pass import ForwardPass, ForwardPassMixin
+from .parts import made_whole
 from .perturbations.subnets import Subnets
 from .randomness import random_state_kept
 from .types import GradientPerturbation, Perturbation, Phase, StepInfo
@@ -155,7 +156,7 @@ class SecondPassMixin(ForwardPassMixin):
             return False
         parameters = self._trained(phase)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+        finite = not gradients or bool(made_whole(torch.stack(torch._foreach_norm(gradients))).isfinite().all())
         if self._workers is not None:  # whose gradients are not reduced
             finite = not self._on_any_process(not finite)
         self._drop_unless(finite, phase)

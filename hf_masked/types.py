@@ -96,6 +96,8 @@ class Mask(Protocol):
 
     whole_tensors = True: it looks at names alone and answers with plain bools, so it is asked before the forward pass
         (with parameters in place of gradients), and nothing is differentiated that it leaves out.
+    on_parts = True: of a sharded model (FSDP2) it is asked as well, with DTensors. It answers with whole tensors, the same on
+        every process, or with DTensors made of these. Perturbations may say so too; what does not is refused there.
     needs_parameters = True: it is called as rule(info, gradients, parameters), a `ParameterMask`.
     error: a dict of tensors by name; added to the gradients before it is asked, and set to what its mask left out.
     support(info, parameters) -> masks: asked before the forward pass; entries with False are set to zero there. Empty

@@ -20,6 +20,7 @@ from .forward_pass import ForwardPass, UpdateStep
 from .loss_scale import unscale, unscaled, use_scaler_of
 from .masked_optimizer import StepMask
 from .optimization import Stepper, forget_moments
+from .parts import parameters_of
 from .randomness import own_random_stream
 from .replay import Batch
 from .types import Phase, StepInfo
@@ -159,7 +160,7 @@ class UpdateStepMixin(WatchedStepMixin):
         found = self._step.trained if self._step is not None else {}
         if phase.network not in found:
             of_core = phase.network == "core"
-            parameters = self._the_core().all_parameters() if of_core else dict(self.model.named_parameters())
+            parameters = self._the_core().all_parameters() if of_core else dict(parameters_of(self.model))
             found[phase.network] = {n: p for n, p in parameters.items() if p.requires_grad}
             if phase.network == "sum":
                 own = self._the_core().own_parameters(self.model)

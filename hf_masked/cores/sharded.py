@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compressed_reduction import CompressedReduction
 from ..loss_scale import in_fp16
+from ..parts import works_on_parts
 from .modules import parameter_sites
 
 
@@ -70,7 +72,9 @@ def refuse_sharded(trainer: Any, what: str) -> None:
     if not getattr(trainer.model, "is_distributed_loading_by_transformers", False):
         return
     args, phase, sizes = trainer.args, trainer.plan.full, trainer.model.config.distributed_config
-    masks = [rule for rule in (phase.grad_mask, phase.update_mask) if rule is not None]
+    rules = [rule for rule in (phase.perturbation, phase.grad_mask, phase.update_mask) if rule is not None]
+    alone = [getattr(rule, "__self__", rule) for rule in rules if not works_on_parts(rule)]
+    at_once = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
     reasons = {
         "parallelism besides FSDP": (
             max(sizes.tp_size, sizes.pp_size, sizes.ep_size) > 1,
@@ -81,15 +85,26 @@ def refuse_sharded(trainer: Any, what: str) -> None:
             what == "a core" and trainer._one_state(),
             "no optimizer takes whole tensors and parts in one step; set --moments per_phase and another --schedule than sum",
         ),
-        "a perturbation of the full network": (
-            phase.perturbation is not None or phase.backward is not None,
-            "dx is made of whole tensors, and a first pass of each process's own gradient, which FSDP always reduces; set "
-            "apply_to core",
+        f"the backward of {type(phase.backward).__name__}": (
+            phase.backward is not None,
+            "layers exchange their forward, in which FSDP puts their weights together; set apply_to core",
         ),
-        "a mask of the full network's entries": (
-            not all(getattr(rule, "whole_tensors", False) for rule in masks),
-            "it is drawn or ranked over whole tensors, of which a process has a part; set apply_to core, or a method of "
-            "whole tensors (parameters, badam, lisa, freeze_out)",
+        '"communicate": "compressed"': (
+            any(isinstance(rule, CompressedReduction) for rule in rules),
+            'it is a hook of DistributedDataParallel, which does not wrap this model; set "dense"',
+        ),
+        f"the rule {type(alone[0]).__name__ if alone else None}": (
+            bool(alone),
+            "it ranks, scales or deals out what whole tensors hold, of which a process has a part; set apply_to core, or a "
+            "method that does not: random_coordinates, rand_k, fixed, parameters, badam, lisa, freeze_out, sam, asam, "
+            "extragradient, gaussian, stale, drop_connect, dropout",
+        ),
+        "two passes and microbatches that are reduced together": (
+            getattr(phase.perturbation, "needs_gradient", False)
+            and args.gradient_accumulation_steps > 1
+            and not at_once,
+            "the first pass needs this microbatch's gradient, reduced; set --accelerator_config '{\"gradient_accumulation_kwargs\": "
+            '{"sync_each_batch": true}}\'',
         ),
         "--diagnostics_steps or --audit": (args.diagnostics_steps > 0 or args.audit, "they look at whole tensors"),
         "--fp16": (in_fp16(args), "GradScaler was not tried on parts; set --bf16"),
@@ -98,3 +113,15 @@ def refuse_sharded(trainer: Any, what: str) -> None:
     for other, (applies, reason) in reasons.items():
         if applies:
             raise ValueError(f"got {what} for a sharded model with {other}; needs a run without, because {reason}")
+
+
+def refuse_resuming(model: nn.Module, checkpoint: str) -> None:
+    """Refuse to go on from a checkpoint with a sharded model.
+
+    Raises: ValueError.
+    """
+    if is_sharded(model):
+        raise ValueError(
+            f"got resume_from_checkpoint={checkpoint!r} for a sharded model; needs a run from its beginning, because Transformers "
+            "saves no optimizer state of such models; to go on from the weights alone, load the checkpoint by from_pretrained"
+        )

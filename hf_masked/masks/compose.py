@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..parts import works_on_parts
 from ..types import StepInfo
 
 Tensors = Mapping[str, torch.Tensor]
@@ -37,6 +38,7 @@ class Chain:
             _refuse(rule)
         self.rules = list(rules)
         self.whole_tensors = all(getattr(rule, "whole_tensors", False) for rule in rules)
+        self.on_parts = all(works_on_parts(rule) for rule in rules)
 
     def __call__(
         self, info: StepInfo, gradients: Tensors, parameters: Tensors | None = None

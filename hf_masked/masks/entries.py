@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -172,6 +172,7 @@ class RandK:
 
     density: Value
     every: int = 1
+    on_parts: ClassVar[bool] = True
 
     def __call__(self, info: StepInfo, gradients: Tensors) -> dict[str, torch.Tensor]:
         drawn = replace(info, step=info.step // self.every * self.every if self.every else 0)
@@ -189,6 +190,7 @@ class RandomCoordinates:
     """Keeps each entry with probability `density`, independently, drawn anew in every update."""
 
     density: Value
+    on_parts: ClassVar[bool] = True
 
     def __call__(self, info: StepInfo, gradients: Tensors) -> dict[str, torch.Tensor]:
         density = self.density(info)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..parts import works_on_parts
 from ..types import Mask, StepInfo
 
 
@@ -23,6 +24,7 @@ class ErrorFeedback:
 
     def __init__(self, rule: Mask):
         self.rule = rule
+        self.on_parts = works_on_parts(rule)
         self.error: dict[str, torch.Tensor] = {}
 
     def __call__(self, info: StepInfo, gradients: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor | bool]:

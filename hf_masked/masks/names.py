@@ -51,6 +51,7 @@ class Fixed:
     """
 
     masks: Mapping[str, torch.Tensor | bool]
+    on_parts: ClassVar[bool] = True
 
     def __call__(self, info: StepInfo, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | bool]:
         return {

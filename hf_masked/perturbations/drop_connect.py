@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..parts import part_of
 from ..types import StepInfo
 from ..values import Spec, make_value
 from .chosen import check_pattern, matrices
@@ -35,6 +36,7 @@ class DropConnect:
     keep: Spec = 0.9
     structure: str = "entries"
     pattern: str | None = None
+    on_parts = True
 
     def __post_init__(self) -> None:
         self.keep = self._keep = make_value(self.keep, "keep", 0, 1, above=True)
@@ -49,7 +51,7 @@ class DropConnect:
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
         keep, deltas = self._keep(info), {}
         for name, p in matrices(parameters, self.pattern).items():
-            factor = self._kept(info, name, p, keep).to(p.dtype).div_(keep).sub_(1)
+            factor = part_of(self._kept(info, name, p, keep), p).to(p.dtype).div_(keep).sub_(1)
             deltas[name] = factor.mul_(p) if factor.shape == p.shape else factor * p
         return deltas
 

@@ -34,6 +34,7 @@ class Extragradient:
     step_size: Spec | None = None
     fresh_batch: bool = False
     needs_gradient = True
+    on_parts = True
 
     def __post_init__(self) -> None:
         self._step_size = None

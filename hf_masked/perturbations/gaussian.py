@@ -30,6 +30,7 @@ class Gaussian:
 
     sigma: Spec = 0.01
     anti_correlated: bool = False
+    on_parts = True
 
     def __post_init__(self) -> None:
         self.sigma = self._sigma = make_value(self.sigma, "sigma", 0)

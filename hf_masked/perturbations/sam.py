@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..parts import made_whole
 from ..types import StepInfo
 from ..values import Spec, make_value
 
@@ -25,7 +26,7 @@ class Sam:
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization", ICLR 2021, equation 2 with p = 2.
 
     Deviation: g is the gradient of one microbatch on one process (its m-sharpness, section 4.1), so the
-    accumulation split and the number of processes change dx.
+    accumulation split and the number of processes change dx. Of a sharded model it is that of one microbatch on all processes.
 
     >>> Sam(0.5)(StepInfo(0, 1), {}, {"w": torch.tensor([3.0, 4.0])})["w"].tolist()
     [0.30000001192092896, 0.4000000059604645]
@@ -33,6 +34,7 @@ class Sam:
 
     rho: Spec = 0.05
     needs_gradient = True
+    on_parts = True
 
     def __post_init__(self) -> None:
         self.rho = self._rho = make_value(self.rho, "rho", 0)
@@ -63,6 +65,7 @@ class Asam:
     rho: Spec = 0.5
     eta: float = 0.01
     needs_gradient = True
+    on_parts = True
 
     def __post_init__(self) -> None:
         self.rho = self._rho = make_value(self.rho, "rho", 0)
@@ -81,4 +84,6 @@ class Asam:
 
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch.stack([torch.linalg.vector_norm(t, dtype=wide).to(tensors[0].device) for t in tensors]).norm()
+    return made_whole(
+        torch.stack([torch.linalg.vector_norm(t, dtype=wide).to(tensors[0].device) for t in tensors]).norm()
+    )

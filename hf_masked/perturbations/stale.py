@@ -27,6 +27,7 @@ class Stale:
     """
 
     tau: int = 1
+    on_parts = True
 
     def __post_init__(self) -> None:
         make_value(self.tau, "tau", 0)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from common import fit, rows, tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_masked import merge_full
@@ -20,21 +21,46 @@ pytest.importorskip("transformers.distributed", reason="this transformers shards
 ROOT = Path(__file__).resolve().parents[2]
 LOW: dict[str, Any] = {"core": "low_rank", "core_config": {"rank": 4}}
 RIDE = {"name": "ride_along", "core_updates": 1.5, "start": 1}
+EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1}
+AT_ONCE = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+ADAMW = {"optim": "adamw_torch", "learning_rate": 0.01, "weight_decay": 0.1}
 RUNS: dict[str, dict[str, Any]] = {
     "ride_along": LOW | {"schedule": RIDE},
     "alternate": LOW | {"schedule": "alternate", "gradient_accumulation_steps": 2},
     "activation": LOW | {"schedule": RIDE, "core_config": {"rank": 4, "init": "activation", "split_at": 2}},
     "lora": {"core": "lora", "core_config": {"r": 2, "target_modules": "all-linear"}, "schedule": RIDE},
     "depth": {"core": "depth", "core_config": {"keep": 0.5}, "schedule": RIDE},
-    "badam": {"method": "badam", "method_config": {"every": 1}},
+    "two cores": {"cores": {"small": {"rank": 4}, "shallow": {"kind": "depth", "core_updates": 1}}, "schedule": RIDE},
+    "badam": {"method": "badam", "method_config": {"every": 1}} | EACH_STEP,
+    "sam": {"method": "sam", "method_config": {"rho": 0.5}, "gradient_accumulation_steps": 2} | AT_ONCE | EACH_STEP,
+    "asam": {"method": "asam", "method_config": {"rho": 2.0}},
+    "extragradient": {"method": "extragradient"} | LOW | {"schedule": "alternate"},
+    "gaussian": {"method": "gaussian", "method_config": {"anti_correlated": True}, "gradient_accumulation_steps": 2},
+    "stale": {"method": "stale"},
+    "dropout": {"method": "dropout"},
+    "rand_k": {"method": "rand_k", "method_config": {"state_policy": "reset"}} | ADAMW,
+    "rand_k, kept": {"method": "rand_k", "method_config": {"density": 0.3, "error_feedback": True}} | ADAMW,
+    "random_coordinates": {"method": "random_coordinates"} | ADAMW,
+    "fixed": {"method": "fixed", "method_config": {"file": "mask.safetensors"}} | ADAMW,
 }
+# whose first pass sees a microbatch of all processes together, so that one process needs as large a one
+TWO_PASSES = ("sam", "asam", "extragradient")
 # what is asked for -> what the refusal says
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "shared": (LOW | {"core_config": {"rank": 4, "coupling": "shared"}}, "the core is whole on every process"),
     "private": (LOW | {"core_config": {"rank": 4, "private": "norms"}}, "everything private"),
     "sum": (LOW | {"schedule": "sum"}, "one optimizer state for both"),
-    "sam": ({"method": "sam"}, "FSDP always reduces"),
-    "top_k": ({"method": "top_k"}, "of which a process has a part"),
+    "sam": ({"method": "sam", "gradient_accumulation_steps": 2}, "sync_each_batch"),
+    "top_k": ({"method": "top_k"}, "the rule TopK"),
+    "topk_ef": ({"method": "topk_ef"}, "the rule ErrorFeedback"),
+    "compressed": ({"method": "rand_k", "method_config": {"communicate": "compressed"}}, "a hook of Distributed"),
+    "magnitude": ({"method": "magnitude"}, "of which a process has a part"),
+    "fisher": ({"method": "fisher"}, "the rule Fisher"),
+    "rigl": ({"method": "rigl"}, "the rule DynamicSparsity"),
+    "dpf": ({"method": "dpf"}, "the rule Prune"),
+    "quantize": ({"method": "quantize"}, "the rule Quantize"),
+    "ist": ({"method": "ist"}, "the rule Subnets"),
+    "meprop": ({"method": "meprop"}, "the backward of MeProp"),
     "audit": ({"audit": True}, "they look at whole tensors"),
     "best": (LOW | {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2,
                     "save_strategy": "steps", "save_only_model": True}, "--load_best_model_at_end"),
@@ -45,7 +71,8 @@ import json, os, sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from common import fit
+from common import arguments, fit, rows
+from hf_masked import MaskedTrainer
 from test_fsdp2 import REFUSED, RUNS, STEPS, export_run, sharded
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -54,6 +81,7 @@ folder = Path(sys.argv[1])
 PartialState(cpu=True, backend="gloo")
 load = lambda: AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=DistributedConfig(fsdp_size=2))
 told = {"shards": sharded(load()), "refused": {}}
+checkpoint = str(folder / "one" / "badam" / "run" / "checkpoint-3")
 for name in RUNS:
     export_run(folder / "two" / name, load(), name, processes=2)
 for name, (options, _) in REFUSED.items():
@@ -61,6 +89,12 @@ for name, (options, _) in REFUSED.items():
         fit(folder / "refused", load(), ddp_backend="gloo", **STEPS | options)
     except ValueError as error:
         told["refused"][name] = str(error)
+for method in ("badam", None):
+    trainer = MaskedTrainer(load(), arguments(folder / "refused", ddp_backend="gloo", method=method), train_dataset=rows())
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ValueError as error:
+        told["refused"][f"resumed {method}"] = f"{trainer.state.global_step}: {error}"
 if torch.distributed.get_rank() == 0:
     (folder / "told.json").write_text(json.dumps(told))
 PartialState().wait_for_everyone()
@@ -78,12 +112,17 @@ def sharded(model: Any) -> tuple[int, int]:
 def export_run(folder: Path, model: Any, name: str, processes: int) -> None:
     """Train, evaluate and export; one process makes microbatches of what two share out."""
     options = STEPS | RUNS[name]
-    count = options.get("gradient_accumulation_steps", 1) * (1 if processes == 2 else 2)
+    count, size = options.get("gradient_accumulation_steps", 1), 4
+    if processes == 1:
+        count, size = (count, 2 * size) if name in TWO_PASSES else (2 * count, size)
+    if name == "fixed":
+        options["method_config"] = {"file": str(folder.parents[1] / "mask.safetensors")}
     data = {"train_dataset": rows(32), "eval_dataset": rows(8, seed=1)}
     trainer = fit(
         folder / "run",
         model,
         **options | {"gradient_accumulation_steps": count, "ddp_backend": "gloo" if processes == 2 else None},
+        per_device_train_batch_size=size,
         save_strategy="steps",
         save_steps=3,
         save_only_model=True,
@@ -101,7 +140,13 @@ def export_run(folder: Path, model: Any, name: str, processes: int) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("fsdp2")
-    tiny("llama").double().save_pretrained(made / "model")
+    model = tiny("llama").double()
+    model.save_pretrained(made / "model")
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        n: torch.rand(p.shape[-1:], generator=generator) < 0.5 for n, p in model.named_parameters() if p.ndim == 2
+    }
+    save_file(masks, made / "mask.safetensors")
     for name in RUNS:
         export_run(made / "one" / name, AutoModelForCausalLM.from_pretrained(made / "model"), name, processes=1)
     (made / "train.py").write_text(SCRIPT)
@@ -169,3 +214,10 @@ def test_every_process_holds_a_part(folder: Path) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_needs_whole_tensors_is_refused(name: str, folder: Path) -> None:
     assert REFUSED[name][1] in json.loads((folder / "told.json").read_text())["refused"].get(name, "nothing")
+
+
+@pytest.mark.parametrize("method", ["badam", None])
+def test_resuming_is_refused(method: str | None, folder: Path) -> None:
+    """Before a step is made, of a checkpoint that another run can go on from as well."""
+    told = json.loads((folder / "told.json").read_text())["refused"]
+    assert told[f"resumed {method}"].startswith("0: got resume_from_checkpoint=")

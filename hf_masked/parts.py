@@ -1,0 +1,55 @@
+"""Tensors of which every process holds a part (DTensors, as FSDP2 makes parameters), beside those that are whole."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies on this process, in the same memory; the tensor itself where it is whole."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def made_whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, put together from its parts; to be called on every process. The tensor itself where it is whole."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_of(whole: torch.Tensor, like: Any) -> torch.Tensor:
+    """The part of a tensor that goes with this process's part of `like`; the tensor itself where either lies as it should.
+
+    Args: `whole`: the same on every process, and broadcasts to the shape of `like`.
+    """
+    if not hasattr(like, "to_local") or hasattr(whole, "to_local"):
+        return whole
+    from torch.distributed.tensor import DTensor  # newer than the oldest torch that the rest runs with
+
+    mesh, part = like.device_mesh, whole.expand(like.shape)
+    for size, index, placement in zip(mesh.shape, mesh.get_coordinate(), like.placements, strict=True):
+        if placement.is_shard():
+            chunks = part.chunk(size, placement.dim)
+            part = chunks[index] if index < len(chunks) else part.narrow(placement.dim, 0, 0)
+    made: torch.Tensor = DTensor.from_local(
+        part.contiguous(), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return made
+
+
+def works_on_parts(rule: Any) -> bool:
+    """Whether a rule of a slot says that it does: by `on_parts = True`, or as a mask of whole tensors, which looks at names."""
+    owner = getattr(rule, "__self__", rule)
+    return bool(getattr(owner, "on_parts", False) or getattr(owner, "whole_tensors", False))
+
+
+def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters as the optimizer has them, by name.
+
+    A forward pass without a backward (an evaluation) leaves some modules of a sharded model with whole parameters in their place.
+    """
+    for module in model.modules():
+        reshard: Any = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()
+    yield from model.named_parameters()
