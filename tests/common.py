@@ -74,6 +74,20 @@ def fit(
     return trainer
 
 
+class Recording(MaskedTrainer):
+    """Keeps what it trains on, one microbatch an update step, as <step>.ids, <step>.labels and <step>.items."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.batches: dict[str, torch.Tensor] = {}
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        step = self.state.global_step
+        self.batches[f"{step}.ids"], self.batches[f"{step}.labels"] = inputs["input_ids"], inputs["labels"]
+        self.batches[f"{step}.items"] = torch.as_tensor(num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
 def values(module: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of every parameter, by name."""
     return {name: p.detach().clone() for name, p in module.named_parameters()}

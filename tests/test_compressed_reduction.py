@@ -26,8 +26,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from common import arguments, fit, rows, tiny, values
-from hf_masked import MaskedTrainer
+from common import Recording, arguments, rows, tiny, values
 from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
@@ -35,13 +34,6 @@ from transformers import TrainerCallback
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 topk = {"method": "topk_ef", "method_config": {"density": 0.1, "communicate": "compressed"}}
 randk = {"method": "rand_k", "method_config": {"density": 0.1, "communicate": "compressed"}}
-
-class Recording(MaskedTrainer):
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        step = self.state.global_step
-        self.batches[f"{step}.ids"], self.batches[f"{step}.labels"] = inputs["input_ids"], inputs["labels"]
-        self.batches[f"{step}.items"] = torch.as_tensor(num_items_in_batch)
-        return super().training_step(model, inputs, num_items_in_batch)
 
 class Poison(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -53,12 +45,12 @@ class Poison(TrainerCallback):
             self.hook = weight.register_hook(lambda g: g.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(torch.nan).double()))
         elif hasattr(self, "hook"):
             self.hook.remove()
+compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 def run(name, callbacks=(), resume=None, **options):
     options = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, "max_grad_norm": 0, "ddp_backend": "gloo", "weight_decay": 0.0} | options
     model = tiny("gpt2").double()
     trainer = Recording(model, arguments(folder / name, **options), train_dataset=rows(16), callbacks=list(callbacks))
-    trainer.batches = {}
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         trainer.train(resume_from_checkpoint=resume)
     save_file({n: v.contiguous() for n, v in values(model).items()}, folder / f"{name}-{rank}.safetensors")
@@ -68,6 +60,7 @@ def run(name, callbacks=(), resume=None, **options):
 
 told = {}
 for name, options in {"plain": {}, "topk": topk | {"save_strategy": "steps", "save_steps": 2}, "randk": randk,
+                      "topk_compiled": topk | compiled,
                       "randk_dense": {"method": "rand_k", "method_config": {"density": 0.1}}}.items():
     trainer, events = run(name, **options)
     rule = trainer.plan.full.grad_mask
@@ -146,11 +139,18 @@ def test_bytes_are_cut(folder: Path) -> None:
     entries = sum(p.numel() for p in model.parameters())
     kept = sum(max(1, round(DENSITY * p.numel())) for p in model.parameters())
     runs = told(folder)
-    assert runs["topk"]["sent"] == STEPS * kept * 12 and runs["randk"]["sent"] == STEPS * kept * 8
-    for name, most in (("plain", entries), ("randk_dense", entries), ("randk", kept), ("topk", 0)):
+    reduced = {"plain": entries, "randk_dense": entries, "randk": kept}
+    for name, most in (reduced | {"topk": 0, "topk_compiled": 0}).items():
         assert handed(runs[name]["events"], "gloo:all_reduce") == STEPS * most, name
-    gathered = handed(runs["topk"]["events"], "gloo:all_gather") - handed(runs["plain"]["events"], "gloo:all_gather")
-    assert gathered == STEPS * kept * 12
+    others = handed(runs["plain"]["events"], "gloo:all_gather")
+    for name in ("topk", "topk_compiled"):
+        assert runs[name]["sent"] == STEPS * kept * 12, name
+        assert handed(runs[name]["events"], "gloo:all_gather") - others == STEPS * kept * 12, name
+    assert runs["randk"]["sent"] == STEPS * kept * 8
+
+
+def test_a_compiled_model_is_the_same(folder: Path) -> None:
+    assert apart(trained(folder, "topk"), trained(folder, "topk_compiled")) < 1e-12
 
 
 def test_each_process_resumes_its_own_memory(folder: Path) -> None:

@@ -22,21 +22,13 @@ import json, os, sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from common import arguments, rows, tiny, values
-from hf_masked import MaskedTrainer
+from common import Recording, arguments, rows, tiny, values
 from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 ist = {"method": "ist", "method_config": {"every": 2}, "audit": True}
-
-class Recording(MaskedTrainer):
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        step = self.state.global_step
-        self.batches[f"{step}.ids"], self.batches[f"{step}.labels"] = inputs["input_ids"], inputs["labels"]
-        self.batches[f"{step}.items"] = torch.as_tensor(num_items_in_batch)
-        return super().training_step(model, inputs, num_items_in_batch)
 
 class Watch(TrainerCallback):
     def __init__(self, poisoned=None):
@@ -52,7 +44,6 @@ def run(name, watch, resume=None, **options):
     options = {"learning_rate": 0.01, "weight_decay": 0.1, "max_steps": 6, "max_grad_norm": 0, "ddp_backend": "gloo"} | options
     model = tiny("llama").double()
     trainer = Recording(model, arguments(folder / name, **options), train_dataset=rows(24), callbacks=[watch])
-    trainer.batches = {}
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         trainer.train(resume_from_checkpoint=resume)
     save_file({n: v.contiguous() for n, v in values(model).items()}, folder / f"{name}-{rank}.safetensors")
@@ -64,6 +55,8 @@ trainer, events = run("ist", watch, **ist)
 told["ist"] = {"events": events, "sent": trainer._workers.bytes_sent}
 save_file({n: v.contiguous() for n, v in watch.seen[3].items()}, folder / f"within-{rank}.safetensors")
 told["plain"] = {"events": run("plain", Watch())[1]}
+trainer, events = run("compiled", Watch(), torch_compile=True, torch_compile_backend="eager", **ist)
+told["compiled"] = {"events": events, "sent": trainer._workers.bytes_sent}
 saving = ist | {"save_strategy": "steps", "save_steps": 3}
 run("saving", Watch(), **saving)
 run("resumed", Watch(), resume=str(folder / "saving" / "checkpoint-3"), **ist)
@@ -179,11 +172,18 @@ def test_only_the_own_part_travels(folder: Path) -> None:
     own = sum(int(m.sum()) for m in parts(0)[0].values())
     common = sum(p.numel() for n, p in model.items() if n not in parts(0)[0])
     assert common + 2 * own == entries
-    assert runs["ist"]["sent"] == turns * kinds * own * 8
-    gathered = handed(runs["ist"]["events"], "gloo:all_gather") - handed(runs["plain"]["events"], "gloo:all_gather")
-    assert gathered == turns * kinds * own
-    assert handed(runs["ist"]["events"], "gloo:all_reduce") == turns * kinds * common
+    for name in ("ist", "compiled"):
+        assert runs[name]["sent"] == turns * kinds * own * 8
+        gathered = handed(runs[name]["events"], "gloo:all_gather") - handed(runs["plain"]["events"], "gloo:all_gather")
+        assert gathered == turns * kinds * own
+        assert handed(runs[name]["events"], "gloo:all_reduce") == turns * kinds * common
     assert handed(runs["plain"]["events"], "gloo:all_reduce") == STEPS * entries
+
+
+def test_compiled_workers_are_workers_too(folder: Path) -> None:
+    found = trained(folder, "compiled")
+    assert apart(found, trained(folder, "compiled", rank=1)) == 0
+    assert apart(found, trained(folder, "ist")) < 1e-12 < 1e-4 < apart(found, trained(folder, "plain"))
 
 
 def test_a_checkpoint_within_a_turn_is_whole_and_resumes(folder: Path) -> None:
