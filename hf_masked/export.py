@@ -22,12 +22,10 @@ from .durable import flush, flush_all
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 # the files without which nothing loads: gone first and back last, so that no mixture of two exports ever loads
 _ENTRIES = ("config.json", "adapter_config.json")
-# where a core lies by its kind, and beside it the smaller ones of a ladder; an old one of another kind goes too
-_RUNG = r"(-([rnhked][0-9.]+(e-[0-9]+)?)+)?"
-_USUAL = re.compile(rf"adapter|core{_RUNG}")
-# where cores of other names lie is written down, so that those of a later export go and nobody else's folder does
+# where cores lie is written down, so that a later export takes their place, and nobody else's folder's
 LISTING = "hf_masked_cores.json"
-_LISTED = re.compile(rf"[a-z][a-z0-9_]*{_RUNG}")
+# a core's own name, or that of its kind, and for the smaller ones of a ladder the rung
+_LISTED = re.compile(r"[a-z][a-z0-9_]*(-([rnhked][0-9.]+(e-[0-9]+)?)+)?")
 
 
 def extract_core(
@@ -93,7 +91,7 @@ def export(
     get the tokenizer and the generation config. Everything is written aside first; then config.json
     goes, the files change places, and config.json comes last, so that an interrupted export loads as nothing, and one
     that fails for lack of space leaves the old export as it was; each stage is flushed to the disk before the next. Other
-    files in `out/` are left alone; which folders of other names are an export's own stands in `out/hf_masked_cores.json`.
+    files in `out/` are left alone; which folders are an export's own stands in `out/hf_masked_cores.json`.
 
     Args:
         model: a model with a core, with several, or without (then only the full model is written); one that is sharded has to
@@ -163,13 +161,13 @@ def check_writable(out: str | os.PathLike[str]) -> Path:
 
 
 def check_free(out: str | os.PathLike[str], cores: list[Core]) -> None:
-    """Refuse to write a core of another name than the usual ones over a model that no export put there.
+    """Refuse to write a core over a model that no export put there.
 
     Raises: FileExistsError.
     """
     own = _listed(Path(out))
     for folder in [name for core in cores for name in core_folders(core)]:
-        if _USUAL.fullmatch(folder) or folder in own:
+        if folder in own:
             continue
         if found := [file.name for pattern in (*_ENTRIES, *_WEIGHTS) for file in Path(out, folder).glob(pattern)]:
             raise FileExistsError(
@@ -180,13 +178,11 @@ def check_free(out: str | os.PathLike[str], cores: list[Core]) -> None:
 
 def exported_cores(out: str | os.PathLike[str]) -> list[str]:
     """The folders of an export in which its cores lie, each followed by the smaller ones of its ladder."""
-    own = _listed(Path(out))
-    folders = [path.name for path in Path(out).iterdir() if _USUAL.fullmatch(path.name) or path.name in own]
-    return sorted(name for name in folders if any(Path(out, name, entry).is_file() for entry in _ENTRIES))
+    return sorted(name for name in _listed(Path(out)) if any(Path(out, name, entry).is_file() for entry in _ENTRIES))
 
 
 def _listed(target: Path) -> set[str]:
-    """The folders of cores of other names than the usual ones that exports wrote here."""
+    """The folders of cores that exports wrote here."""
     try:
         told = json.loads((target / LISTING).read_text(encoding="utf-8"))["folders"]
         return {name for name in told if isinstance(name, str) and _LISTED.fullmatch(name)}
@@ -221,12 +217,10 @@ def _swap_in(staging: Path, target: Path) -> None:
     """Exchange the files of two exports so that no moment of it loads as a mixture, nor what a power cut leaves of it."""
     new = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     old, made = _listed(target), {path.parts[0] for path in new if path.name in _ENTRIES and len(path.parts) == 2}
-    named = {name for name in made if not _USUAL.fullmatch(name)}
-    if old | named:
+    if old | made:
         # before any of them is there, and until none of the old ones is
-        _list(target, staging, old | named)
-    usual = sorted(path for path in target.iterdir() if _USUAL.fullmatch(path.name))
-    folders = [target, *usual, *(target / name for name in sorted(old | named))]
+        _list(target, staging, old | made)
+    folders = [target, *(target / name for name in sorted(old | made))]
     for old_entry in [folder / entry for folder in folders for entry in _ENTRIES]:
         old_entry.unlink(missing_ok=True)
     flush(*folders)
@@ -240,5 +234,5 @@ def _swap_in(staging: Path, target: Path) -> None:
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / relative, target / relative)
         flush(*{target / path.parent for path in some}, target)
-    if old - named:
-        _list(target, staging, named)
+    if old - made:
+        _list(target, staging, made)

@@ -312,7 +312,10 @@ def test_a_later_export_leaves_no_core_of_an_earlier_one_and_nobody_else_s_model
     # somebody else's words in the listing reach no folder but those that an export could have made
     listing.write_text(json.dumps({"folders": ["../outside", "ladder", "ladder-r1", "mine/..", 3]}))
     export(tiny("gpt2", core="free"), tmp_path)
-    assert not (tmp_path / "ladder" / "config.json").exists() and not listing.exists()
+    assert not (tmp_path / "ladder" / "config.json").exists()
+    assert json.loads(listing.read_text()) == {"folders": ["core"]}
+    export(tiny("gpt2"), tmp_path)
+    assert not (tmp_path / "core" / "config.json").exists() and not listing.exists()
     assert sorted(path.name for path in mine.iterdir()) == before
     with pytest.raises(FileExistsError, match=r"mine with config.json that no export wrote; needs.*another name"):
         export(add_core(tiny("gpt2"), LowRankCoreConfig(rank=2), name="mine"), tmp_path)
@@ -321,10 +324,21 @@ def test_a_later_export_leaves_no_core_of_an_earlier_one_and_nobody_else_s_model
     assert sorted(path.name for path in mine.iterdir()) == before
 
 
-def test_one_core_needs_no_listing(tmp_path: Path) -> None:
-    export(add_core(tiny("gpt2"), LowRankCoreConfig(ranks=[1, 2])), tmp_path)
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"core", "core-r1"}
-    assert not (tmp_path / "hf_masked_cores.json").exists()
+@pytest.mark.parametrize("folder", ["core", "core-r1", "adapter"])
+def test_folders_of_the_usual_names_are_somebody_else_s_too(folder: str, tmp_path: Path) -> None:
+    config = LoraCoreConfig(r=2) if folder == "adapter" else LowRankCoreConfig(ranks=[1, 2])
+    merge_full(two()).save_pretrained(tmp_path / folder)
+    if folder == "adapter":
+        (tmp_path / folder / "config.json").rename(tmp_path / folder / "adapter_config.json")
+    before = {path: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+    with pytest.raises(FileExistsError, match="no export wrote"):
+        export(add_core(tiny("gpt2"), config), tmp_path)
+    # a core that goes to another folder leaves it alone
+    export(add_core(tiny("gpt2"), DepthCoreConfig(keep=[1]), name="shallow"), tmp_path)
+    assert {path: path.read_bytes() for path in (tmp_path / folder).iterdir()} == before
+    # an export's own is written over
+    for name in ("first", "first"):
+        export(add_core(tiny("gpt2"), config), tmp_path / name)
 
 
 # --- in memory ---------------------------------------------------------------------------------------------------------
