@@ -70,14 +70,9 @@ class CoreRun(Stepper):
 def make_runs(cores: dict[str, Core], plan: Plan | None, args: Any) -> list[CoreRun]:
     """What each of a model's cores needs, as `plan`, or without one the arguments, say.
 
-    Raises: ValueError for cores that the arguments do not name, and for what several cores give no meaning.
+    Raises: ValueError for what several cores give no meaning.
     """
     named = args.named_cores()
-    if named and set(named) != set(cores):
-        raise ValueError(
-            f"got a model with the cores {list(cores)} and --cores of {list(named)}; needs the same names, because the others would "
-            "be left out; set --cores"
-        )
     # the rules of a phase remember what they have seen, so each core has its own, and the full network's are one
     plans = {name: plan or args.make_plan(name) for name in cores}
     first = next(iter(plans.values()))
@@ -90,6 +85,28 @@ def make_runs(cores: dict[str, Core], plan: Plan | None, args: Any) -> list[Core
         scale = said.get("core_learning_rate_scale", args.core_learning_rate_scale)
         runs.append(CoreRun(name=name, plan=within_core(own, core.update_mask()), learning_rate_scale=scale))
     return runs
+
+
+def refuse_other_cores(cores: dict[str, Core], args: Any) -> None:
+    """Refuse a model whose cores are not those that --core or --cores asks for, which would be ignored.
+
+    Raises: ValueError.
+    """
+    asked = args.make_core_configs()
+    flag = "--core" if args.cores is None else "--cores"
+    if set(asked) != set(cores):
+        raise ValueError(
+            f"got a model with the cores {list(cores)} and {flag} of {list(asked)}; needs the same names, because the others would "
+            f"be left out; set {flag}, or drop it"
+        )
+    only_kind = args.cores is None and args.core_config is None and args.preset != "paper"
+    for name, config in asked.items():
+        own = cores[name].config
+        if type(own) is not type(config) or (not only_kind and own != config):
+            raise ValueError(
+                f"got a model with the core {own} and {flag} that asks for {config}; needs the same, because the model has its "
+                f"core already; drop {flag}, or pass the model without a core"
+            )
 
 
 def _refuse_several(plan: Plan, given: bool, args: Any) -> None:

@@ -16,8 +16,9 @@ from transformers.trainer_callback import ProgressCallback
 
 from .arguments import MaskedArgumentsMixin
 from .audit import Audit
-from .core_run import CoreRun, make_runs
+from .core_run import CoreRun, make_runs, refuse_other_cores
 from .cores import Core, add_core, get_core, get_cores, has_core
+from .cores.modules import unwrap
 from .diagnostics import Coverage
 from .diagnostics_report import DiagnosticsReport
 from .distillation import YieldingWeight
@@ -70,13 +71,11 @@ class MaskedTrainerMixin(UpdateStepMixin, DistributedMixin, JointReportingMixin,
         self._cores = []
         self._coverage = Coverage()
         self._begin_run(buffer=0)
-        self._give_core(plan)
+        self._given_plan = plan
+        self._plan_run()
         self._audit = Audit(self._on_any_process) if getattr(args, "audit", False) else None
         if getattr(args, "diagnostics_steps", 0):
             self.add_callback(DiagnosticsReport(self._coverage))
-        refuse_phases(self, (self.plan.full, *(run.phase for run in self._cores)))
-        if isinstance(rule := self.plan.full.perturbation, Subnets):
-            rule.bind(self.model, self.args.process_index, self.args.world_size)
 
     def _begin_run(self, buffer: int) -> None:
         """Forget what an earlier run has seen; keep `buffer` batches of the coming one."""
@@ -90,10 +89,21 @@ class MaskedTrainerMixin(UpdateStepMixin, DistributedMixin, JointReportingMixin,
 
     # ---- construction ----
 
+    def _plan_run(self) -> None:
+        """What the arguments, or `plan`, mean for the model at hand."""
+        self._planned_for = unwrap(self.model)
+        self._give_core(self._given_plan)
+        refuse_phases(self, (self.plan.full, *(run.phase for run in self._cores)))
+        if isinstance(rule := self.plan.full.perturbation, Subnets):
+            rule.bind(self.model, self.args.process_index, self.args.world_size)
+
     def _give_core(self, plan: Plan | None) -> None:
         args: Any = self.args
-        if _asks_for_cores(args) and not has_core(self.model):
-            self._add_cores(self.model)
+        if _asks_for_cores(args):
+            if has_core(self.model):
+                refuse_other_cores(get_cores(self.model), args)
+            else:
+                self._add_cores(self.model)
         if not has_core(self.model):
             if plan is None and getattr(args, "method", None):
                 plan = replace(args.make_plan(), schedule=FullOnly())
@@ -179,6 +189,10 @@ class MaskedTrainerMixin(UpdateStepMixin, DistributedMixin, JointReportingMixin,
         return moments == "shared"
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self._planned_for is not unwrap(
+            self.model
+        ):  # model_init has made another one since, perhaps for another trial
+            self._plan_run()
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh and self._joint and self._one_state():
