@@ -110,6 +110,44 @@ assert loaded(TEXT).input_ids == tokenizer()(TEXT).input_ids
 assert core.generate(input_ids=IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (2, 16)
 """
 
+PUSH_SEVERAL = """
+from hf_masked import MaskedTrainer, MaskedTrainingArguments, extract_core, get_core, get_cores, merge_full
+
+tiny_llama().push_to_hub("base")
+cores = {"small": {"kind": "low_rank", "ranks": [2, 4]}, "shallow": {"kind": "depth", "keep": [0]},
+         "tuned": {"kind": "lora", "r": 2, "lora_alpha": 4}}
+rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 32, (16, 12)).tolist()]
+args = MaskedTrainingArguments(
+    output_dir=f"{folder}/output", cores=cores, schedule='{"name": "alternate", "core_steps": 3}', max_steps=8,
+    per_device_train_batch_size=4, learning_rate=1e-2, save_strategy="steps", save_steps=4, eval_strategy="steps",
+    eval_steps=8, logging_steps=1, report_to="none", use_cpu=True, push_to_hub=True, hub_model_id="tester/several",
+    disable_tqdm=True,
+)
+model = AutoModelForCausalLM.from_pretrained("tester/base")
+trainer = MaskedTrainer(
+    model=model, args=args, train_dataset=rows, eval_dataset=rows[:4], processing_class=tokenizer(),
+)
+trainer.train()
+assert trainer.push_to_hub(commit_message="all").oid
+expected = {"full": merge_full(model), "small": extract_core(model, name="small"),
+            "small_r2": extract_core(model, rung=2, name="small"), "shallow": extract_core(model, name="shallow"),
+            "tuned": get_core(model, "tuned").model}
+save_file({name: logits(network) for name, network in expected.items()}, f"{folder}/several.safetensors")
+"""
+
+LOAD_SEVERAL = """
+import re
+from huggingface_hub import hf_hub_download
+
+expected = load_file(f"{folder}/several.safetensors")
+card = open(hf_hub_download("tester/several", "README.md"), encoding="utf-8").read()
+(code,) = re.findall(r"```python\\n(.*?)```", card, re.S)
+exec(code)
+for name, value in expected.items():
+    torch.testing.assert_close(logits(globals()[name]), value, msg=name)
+assert len({round(float(value.sum()), 3) for value in expected.values()}) == 5
+"""
+
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
@@ -199,3 +237,21 @@ def test_core_refuses_to_load_without_hf_masked(hub: LoopbackHub, pushed: Path) 
     run = client(hub, LOAD_CORE_UNPREPARED, pushed)
     assert run.returncode != 0
     assert "hf_masked_low_rank" in run.stderr and "mismatch" in run.stderr
+
+
+def test_several_cores_are_pushed_and_load_as_the_card_says(hub: LoopbackHub, tmp_path: Path) -> None:
+    run = client(hub, PUSH_SEVERAL, tmp_path)
+    assert run.returncode == 0, run.stderr
+    files = hub.files("tester/several")
+    weights = {path for path in files if path.endswith(".safetensors")}
+    products = {"", "small/", "small-r2/", "shallow/"}
+    assert weights == {*(f"{folder}model.safetensors" for folder in products), "tuned/adapter_model.safetensors"}
+    assert json.loads(files["hf_masked_cores.json"]) == {"folders": ["shallow", "small", "small-r2", "tuned"]}
+    entries = {*(f"{folder}config.json" for folder in products), "tuned/adapter_config.json"}
+    for commit in hub.repos["tester/several"].commits:
+        held = entries & set(commit.tree)
+        assert held in (set(), entries), f"{commit.summary!r} holds {held} alone"
+    card = files["README.md"].decode()
+    assert "## 4 models in one repository" in card and "| | full | small | small-r2 | shallow | tuned |" in card
+    run = client(hub, LOAD_SEVERAL, tmp_path)
+    assert run.returncode == 0, run.stderr
