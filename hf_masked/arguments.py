@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from .cores import CORE_KINDS, CoreConfig, LowRankCoreConfig
 from .cores.base import DEFAULT_NAME
 from .methods import fill_phases, summaries
-from .named_cores import OWN, NamedCore, parse_cores
+from .named_cores import OWN, NamedCore, parse_cores, turn_of
 from .plan import Plan
 from .schedules import CoreOnly, FullOnly, RideAlong, Sum, make_schedule
 from .typed import check_types, json_object
@@ -66,7 +67,8 @@ class MaskedArgumentsMixin:
             "help": 'Several cores in one run, in place of core and core_config: JSON of {name: {"kind": ..., option: value}}, '
             'e.g. \'{"small": {"kind": "low_rank", "rank": 0.125}, "shallow": {"kind": "depth", "core_updates": 2}}\'. kind is what '
             "core chooses from, options are those of core_config (coupling free only) and "
-            f"{', '.join(OWN)}, which are as the schedule and the flags of those names say unless a core has its own. Each is "
+            f"{', '.join(OWN)}. core_updates and start are those of ride_along; the core steps of any other schedule go round the "
+            "cores, each as often as its share says (default 1). What is not said of a core is as the flags say. Each is "
             "evaluated as eval_<name>_* and exported to <name>/."
         },
     )
@@ -245,8 +247,11 @@ class MaskedArgumentsMixin:
         """What `cores` says of each; empty without."""
         return {} if self.cores is None else parse_cores(self.cores)
 
-    def make_plan(self, name: str | None = None) -> Plan:
-        """The plan that the fields describe, for the core of that name in `cores` with what is its own."""
+    def make_plan(self, name: str | None = None, among: Sequence[str] | None = None) -> Plan:
+        """The plan that the fields describe, for the core of that name in `cores` with what is its own.
+
+        Args: `among`: the names of all cores of the model, which take turns; default: those in `cores`.
+        """
         named = self.named_cores()
         own = named[name].own if name in named else {}
         core = Phase(
@@ -264,14 +269,19 @@ class MaskedArgumentsMixin:
                     "there updates of a core follow full ones; set --schedule"
                 )
             schedule = dataclasses.replace(schedule, **riding)
-        for phase, never, name in ((full, CoreOnly, "core_only"), (core, FullOnly | Sum, "full_only or sum")):
+        if "share" in own and isinstance(schedule, RideAlong | FullOnly):
+            raise ValueError(
+                f"got share={own['share']} of the core {name!r} with the schedule {self.schedule!r}; needs one with steps of its own "
+                "for cores, because under ride_along core_updates says how often each is trained; set core_updates, or --schedule"
+            )
+        for phase, never, which in ((full, CoreOnly, "core_only"), (core, FullOnly | Sum, "full_only or sum")):
             if phase.has_slots and isinstance(schedule, never):
                 raise ValueError(
-                    f"got method {self.method!r} applied to {phase.network} updates with the schedule {name}; needs a "
+                    f"got method {self.method!r} applied to {phase.network} updates with the schedule {which}; needs a "
                     "schedule with such updates, because it would do nothing (those of sum are full ones); set apply_to "
                     "in --method_config, or --schedule"
                 )
-        return Plan(schedule, full, core)
+        return Plan(turn_of(name, list(named) if among is None else among, schedule, named), full, core)
 
     def make_core_configs(self) -> dict[str, CoreConfig]:
         """Name -> configuration of every core that the fields describe."""

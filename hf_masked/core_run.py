@@ -5,10 +5,10 @@ from typing import Any
 
 from .cores import Core
 from .distillation import YieldingWeight
+from .named_cores import turn_of
 from .optimization import Stepper
 from .plan import Plan, within_core
 from .replay import Batch, ReplayBuffer
-from .schedules import FullOnly, RideAlong
 from .types import Phase, StepInfo
 
 
@@ -44,6 +44,10 @@ class CoreRun(Stepper):
         """How an update of it is made."""
         return self.plan.core
 
+    def has(self, info: StepInfo) -> bool:
+        """Whether this step trains it on the trainer's own batch."""
+        return self.plan.schedule(info)[0] == "core"
+
     @property
     def learns(self) -> bool:
         """Whether the full network's logits teach it."""
@@ -67,24 +71,26 @@ class CoreRun(Stepper):
         return batch if self.learns else batch.without_teaching()
 
 
-def make_runs(cores: dict[str, Core], plan: Plan | None, args: Any) -> list[CoreRun]:
-    """What each of a model's cores needs, as `plan`, or without one the arguments, say.
+def make_runs(cores: dict[str, Core], plan: Plan | None, args: Any) -> tuple[Plan, list[CoreRun]]:
+    """The plan of all, and what each of a model's cores needs, as `plan`, or without one the arguments, say.
 
     Raises: ValueError for what several cores give no meaning.
     """
     named = args.named_cores()
     # the rules of a phase remember what they have seen, so each core has its own, and the full network's are one
-    plans = {name: plan or args.make_plan(name) for name in cores}
-    first = next(iter(plans.values()))
+    plans = {name: plan or args.make_plan(name, among=list(cores)) for name in cores}
+    common = plan or replace(next(iter(plans.values())), schedule=args.make_plan().schedule)
     if len(cores) > 1:
-        _refuse_several(first, plan is not None, args)
+        _refuse_several(common, plan is not None, args)
     runs = []
     for name, core in cores.items():
-        own = plans[name] if plans[name].full is first.full else replace(plans[name], full=first.full)
+        own = replace(plans[name], full=common.full)
+        if plan is not None:
+            own = replace(own, schedule=turn_of(name, list(cores), plan.schedule, named))
         said = named[name].own if name in named else {}
         scale = said.get("core_learning_rate_scale", args.core_learning_rate_scale)
         runs.append(CoreRun(name=name, plan=within_core(own, core.update_mask()), learning_rate_scale=scale))
-    return runs
+    return replace(common, core=runs[0].phase), runs
 
 
 def refuse_other_cores(cores: dict[str, Core], args: Any) -> None:
@@ -111,10 +117,6 @@ def refuse_other_cores(cores: dict[str, Core], args: Any) -> None:
 
 def _refuse_several(plan: Plan, given: bool, args: Any) -> None:
     reasons = {
-        f"the schedule {plan.schedule}": (
-            not isinstance(plan.schedule, RideAlong | FullOnly),
-            "each core's updates follow full ones, as often as it is told; set --schedule ride_along",
-        ),
         "moments='shared'": (
             args.moments == "shared",
             "they share no parameter with the full network that both would move; set --moments per_phase",

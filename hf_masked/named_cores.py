@@ -1,16 +1,19 @@
 """`--cores`: several cores of one model, each with its name, its kind and what is its own in training."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .cores import CORE_KINDS, CoreConfig, LowRankCoreConfig
 from .cores.attached import check_name
+from .schedules import FullOnly, RideAlong, Round
 from .typed import json_object
+from .types import Schedule
 
-# what may differ from core to core, by the names of the flags (and of ride_along's options) that say it for all
-OWN = ("core_updates", "start", "core_learning_rate_scale", "distill_weight")
+# what may differ from core to core, by the names of the flags (and of ride_along's options) that say it for all; and its
+# share of the core steps of the other schedules
+OWN = ("core_updates", "start", "share", "core_learning_rate_scale", "distill_weight")
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,25 @@ def _parse_core(values: Mapping[str, Any]) -> NamedCore:
             raise ValueError(
                 f"got {option}={value!r}; needs a number, because it is reckoned with; set {option} there"
             )
-    if not 0 < own.get("core_learning_rate_scale", 1) < math.inf:
-        raise ValueError(
-            f"got core_learning_rate_scale={own['core_learning_rate_scale']}; needs a finite number > 0, because it multiplies "
-            "the learning rate of the core's updates"
-        )
+    for option, reason in (
+        ("core_learning_rate_scale", "it multiplies the learning rate of the core's updates"),
+        ("share", "core steps are dealt out in these proportions"),
+    ):
+        if not 0 < own.get(option, 1) < math.inf:
+            raise ValueError(
+                f"got {option}={own[option]}; needs a finite number > 0, because {reason}; set {option} there"
+            )
     return NamedCore(CORE_KINDS[kind].from_dict(options), own)
+
+
+def turn_of(name: str | None, among: Sequence[str], schedule: Schedule, said: Mapping[str, NamedCore]) -> Schedule:
+    """What the core of that name is trained in by a schedule of all cores in `among`; the schedule itself for no name.
+
+    Args: `said`: of some or none of them, by name; a core of which no share is said has one of 1.
+
+    Raises: ValueError for several cores and a schedule that trains both networks in one update.
+    """
+    if name is None or name not in among or len(among) == 1 or isinstance(schedule, RideAlong | FullOnly):
+        return schedule
+    shares = [said[other].own.get("share", 1) if other in said else 1 for other in among]
+    return Round(schedule, shares, list(among).index(name))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +174,66 @@ class FullOnly(NoSplit):
 
     def __call__(self, info: StepInfo) -> tuple[Network, ...]:
         return ("full",)
+
+
+class Round:
+    """What one of several cores is trained in by a schedule whose core steps go round them, each as often as its share says.
+
+    A core step goes to the core that is furthest behind its share of them, the first of equals; so after any number of core
+    steps each has had its share of them to within one. To this core, a step of another is one that it is not trained in: "full".
+
+    Args:
+        schedule: of all, pure.
+        shares: one number > 0 per core; only their ratios count.
+        place: of this core among them.
+
+    Raises: ValueError for a schedule that trains both networks in one update.
+
+    >>> [Round(Alternate(core_steps=3), [2, 1], place)(StepInfo(t, 4))[0] for place in (0, 1) for t in (1, 2, 3)]
+    ['core', 'full', 'core', 'full', 'core', 'full']
+    """
+
+    def __init__(self, schedule: Schedule, shares: Sequence[float], place: int):
+        self.schedule, self.shares, self.place = schedule, tuple(shares), place
+        if isinstance(schedule, Sum):
+            raise self._no_sum()
+        if (split_step := getattr(schedule, "split_step", None)) is not None:
+            self.split_step = split_step
+        self._dealt: dict[tuple[int, int], list[int | None]] = {}
+
+    def __repr__(self) -> str:
+        return f"{self.schedule}, of whose core steps this core has {self.shares[self.place] / sum(self.shares):.3g}"
+
+    def __call__(self, info: StepInfo) -> tuple[Network, ...]:
+        networks = self.schedule(info)
+        if "sum" in networks:
+            raise self._no_sum()
+        if networks[:1] != ("core",) or self._order(info)[info.step] == self.place:
+            return networks
+        return ("full", *networks[1:])
+
+    def _order(self, info: StepInfo) -> list[int | None]:
+        """Per update step of the run, the place of the core that it trains, or None."""
+        run = info.max_steps, info.seed
+        if run not in self._dealt:
+            given, order = [0] * len(self.shares), []
+            for step in range(info.max_steps):
+                taken = None
+                if self.schedule(StepInfo(step, *run))[:1] == ("core",):
+                    due = (sum(given) + 1) / sum(self.shares)
+                    behind = [round(share * due - had, 9) for share, had in zip(self.shares, given, strict=True)]
+                    taken = behind.index(max(behind))
+                    given[taken] += 1
+                order.append(taken)
+            self._dealt[run] = order
+        return self._dealt[run]
+
+    def _no_sum(self) -> ValueError:
+        return ValueError(
+            f"got several cores with the schedule {self.schedule}; needs one that trains one network in an update, because the "
+            "one optimizer and gradient norm of a sum would be of all cores, and none would come out as its own updates make it; "
+            "set --schedule alternate, whose core steps go round the cores"
+        )
 
 
 SCHEDULES: dict[str, type[Any]] = {

@@ -124,9 +124,8 @@ class MaskedTrainerMixin(UpdateStepMixin, DistributedMixin, JointReportingMixin,
             )
         self._trains_slots = True
         cores = get_cores(self.model)
-        self._cores = make_runs(cores, plan, args)
+        self.plan, self._cores = make_runs(cores, plan, args)
         self._core = self._cores[0]
-        self.plan = self._core.plan
         refuse_unsupported(self, "a core")
         for run in self._cores:
             refuse_no_split(cores[run.name], run.plan.schedule)

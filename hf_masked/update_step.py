@@ -53,8 +53,13 @@ class UpdateStepMixin(WatchedStepMixin):
         if self._step is not None:
             release(self._step.held)
         if self._joint and self._step is not None and self._step.phase.network == "core":
-            self._use(self._full)
+            self._end_core_step()
         self._step = None
+
+    def _end_core_step(self) -> None:
+        """Let Trainer go on with the full network after a step that trained a core on its batch."""
+        self._use(self._full)
+        self._core = self._cores[0]
 
     def _first_update(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         """One microbatch of the update on Trainer's own batch."""
@@ -81,12 +86,13 @@ class UpdateStepMixin(WatchedStepMixin):
 
     def _begin_step(self, inputs: Any) -> None:
         t = self.state.global_step
-        turn = self._core.turn(t) if self._joint else 0
-        info = StepInfo(t, self.state.max_steps, getattr(self.args, "mask_seed", 0), turn=turn)
+        info = StepInfo(t, self.state.max_steps, getattr(self.args, "mask_seed", 0))
+        plan = self.plan
+        if self._joint:
+            self._core = next((run for run in self._cores if run.has(info)), self._core)
+            plan, info = self._core.plan, replace(info, turn=self._core.turn(t))
         rides = [(run, run.rides(info)) for run in self._cores]
-        self._step = step = UpdateStep(
-            info, self.plan.phases(info)[0], [(run, phases) for run, phases in rides if phases]
-        )
+        self._step = step = UpdateStep(info, plan.phases(info)[0], [(run, phases) for run, phases in rides if phases])
         if self._joint:
             self._take_turn(step, inputs)
         self._begin_watch()
@@ -241,17 +247,19 @@ class UpdateStepMixin(WatchedStepMixin):
             return
         first = step.phase.network
         skipped = getattr(self.optimizer, "step_was_skipped", False)
-        if first == "core":
-            self._use(self._full)
-            self._meter.saw_core_step()
+        others: list[Stepper] = [*self._cores]
         if first != "full":
             self.core_model.zero_grad()
+        if first == "core":
+            others = [self._full, *(run for run in self._cores if run is not self._core)]
+            self._end_core_step()
+            self._meter.saw_core_step()
         self._buffer(step)
         for run, phases in step.rides:
             with self._turn_of(run):
                 self._ride(step, phases)
         if self.args.lr_curve == "shared" and not skipped:
-            for stepper in [self._full] if first == "core" else self._cores:
+            for stepper in others:
                 stepper.scheduler.step()
 
     def _buffer(self, step: UpdateStep) -> None:
