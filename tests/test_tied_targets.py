@@ -14,7 +14,8 @@ from architectures import ARCHITECTURES, architecture
 from common import RANK, difference, fit, moved, values
 from transformers import Trainer
 
-from hf_masked import LowRankCoreConfig, add_core, export, get_core
+from hf_masked import LowRankCoreConfig, add_core, export, get_core, merge_full, split
+from hf_masked.cores import MergedLinear
 from hf_masked.cores.modules import linear_at, tied_parameters
 
 # a head whose weight stands in the embedding as well: alone (gpt2), with a tied bias (bert-mlm), beside other ties (t5, bart)
@@ -42,14 +43,18 @@ def test_the_table_has_all_tied_heads() -> None:
     assert tied - set(TIED) <= {"roberta"}, "roberta's is bert's under other names"
 
 
-@pytest.mark.parametrize("private", ["all", "none"])
+@pytest.mark.parametrize("options", [{"private": "all"}, {"private": "none"}, {"coupling": "shared"}], ids=str)
 @pytest.mark.parametrize("name", TIED)
-def test_the_head_is_factorised_and_the_embedding_stays(name: str, private: str) -> None:
+def test_the_head_is_factorised_and_the_embedding_stays(name: str, options: dict[str, Any]) -> None:
     row = architecture(name)
     before = row.build()
-    model = with_tied_target(row, private=private)
+    model = with_tied_target(row, **options)
     core = get_core(model).model
-    assert difference(dict(model.state_dict()), dict(before.state_dict())) is None
+    if "coupling" in options:
+        assert any(isinstance(module, MergedLinear) for module in model.modules())
+        torch.testing.assert_close(logits(row, model), logits(row, before))
+    else:
+        assert difference(dict(model.state_dict()), dict(before.state_dict())) is None
     assert model.config.tie_word_embeddings and linear_at(model, head_of(row)).weight is embedding(model).weight
     factors = linear_at(core, head_of(row))
     exact = torch.linalg.svdvals(linear_at(model, head_of(row)).weight.double())[RANK:].norm()
@@ -66,18 +71,21 @@ def embedding(model: Any) -> Any:
     return model.get_input_embeddings() if model.config.model_type != "whisper" else model.model.decoder.embed_tokens
 
 
-@pytest.mark.parametrize("core_format", ["factorized", "dense"])
+@pytest.mark.parametrize(
+    ("core_format", "coupling"), [("factorized", "free"), ("dense", "free"), ("factorized", "shared")]
+)
 @pytest.mark.parametrize("name", TIED)
-def test_full_and_core_reload(name: str, core_format: str, tmp_path: Path) -> None:
+def test_full_and_core_reload(name: str, core_format: str, coupling: str, tmp_path: Path) -> None:
     row = architecture(name)
-    model = with_tied_target(row)
+    model = with_tied_target(row, coupling=coupling)
     core = get_core(model).model
     with torch.no_grad():  # trained apart, so that a reloaded tie could not pass for it
         for parameter in filter(lambda p: p.requires_grad, core.parameters()):
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     export(model, tmp_path, core_format=core_format)
     full = row.auto.from_pretrained(tmp_path)
-    assert difference(full.state_dict(), model.state_dict()) is None
+    assert difference(full.state_dict(), merge_full(model).state_dict()) is None
+    torch.testing.assert_close(logits(row, full), logits(row, model), rtol=1e-4, atol=1e-4)
     assert linear_at(full, head_of(row)).weight is embedding(full).weight
     loaded, report = row.auto.from_pretrained(tmp_path, subfolder="core", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -128,10 +136,33 @@ def test_trains_and_resumes(name: str, tmp_path: Path) -> None:
     assert not moved(values(resumed.model), trainer.model)
 
 
-def test_shared_coupling_is_refused_with_the_reason() -> None:
-    row = architecture("gpt2")
-    model = row.build()
-    before = values(model)
-    with pytest.raises(ValueError, match=r"lm_head.*tied.*looks rows of W up.*coupling 'free'.*exclude_modules"):
-        add_core(model, LowRankCoreConfig(target_modules=["lm_head"], coupling="shared"))
-    assert not moved(before, model)
+@pytest.mark.parametrize("name", ["gpt2", "bert-mlm", "bart"])
+def test_beside_shared_targets_the_head_s_factors_are_the_core_s(name: str, tmp_path: Path) -> None:
+    """Core updates leave the tied weight's function to the full's updates, and a split gives the core its best part anew."""
+    row = architecture(name)
+    path = head_of(row)
+    data = [{k: v[i] for k, v in row.inputs(4).items()} for i in range(4)]
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "trainer_options": {"train_dataset": data}}
+
+    def trained(schedule: str, **more: Any) -> Any:
+        model = with_tied_target(row, coupling="shared")
+        return fit(tmp_path / schedule, model, schedule=schedule, **options, **more)
+
+    full_only, core_only, both = trained("full_only"), trained("core_only"), trained("alternate")
+    start = with_tied_target(row, coupling="shared")
+    heads = {id(p) for p in linear_at(get_core(start).model, path).parameters()}
+    assert not heads & {id(p) for p in start.parameters()}, "the full network has no part of them"
+    factors = [linear_at(get_core(t.model).model, path).dense_weight().detach() for t in (full_only, core_only)]
+    assert torch.equal(factors[0], linear_at(get_core(start).model, path).dense_weight())
+    assert not torch.equal(factors[1], factors[0])
+    before = logits(row, both.model)
+    split(both.model)
+    torch.testing.assert_close(logits(row, both.model), before, rtol=1e-4, atol=1e-4)
+    tied = linear_at(both.model, path).weight
+    assert tied is embedding(both.model).weight
+    error = (linear_at(get_core(both.model).model, path).dense_weight() - tied).double().norm()
+    assert error.item() == pytest.approx(torch.linalg.svdvals(tied.double())[RANK:].norm().item(), rel=1e-4)
+    straight = trained("alternate")
+    resumed = trained("alternate", resume=tmp_path / "alternate/checkpoint-3")
+    for network in ("model", "core_model"):
+        assert difference(values(getattr(resumed, network)), values(getattr(straight, network))) is None

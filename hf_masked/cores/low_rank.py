@@ -39,7 +39,8 @@ class LowRankCore(MergingCore):
 
     Args:
         sites: module path -> the linear map that is replaced there.
-        untied: the targets whose weight is tied in the full network; the core has factors of its own there.
+        untied: the targets whose weight is tied in the full network; the core has factors of its own there, whatever the
+            coupling: W = B A + R would be the embedding's too, and its core (dx = -R) would look tokens up in rank r.
         calibrated: whether B A is the part nearest in outputs, where init "activation" asks for it.
     """
 
@@ -81,7 +82,7 @@ class LowRankCore(MergingCore):
                 target, factors = linear_at(full, path), linear_at(self.model, path)
                 weight = target.weight.detach().T if site.transposed else target.weight.detach()
                 A, B = _best(weight, site.rank, self.moments.get(path))
-                if self.config.coupling == "shared":
+                if self.config.coupling == "shared" and path not in self.untied:
                     remainder = weight - B @ A
                     target.R.copy_(remainder.T if site.transposed else remainder)
                 factors.A.weight.copy_(A)
@@ -220,26 +221,22 @@ def build_low_rank_core(
     tied = tied_parameters(model)
     weights = {path: linear_at(model, path).weight for path in sites}
     untied = [path for path, weight in weights.items() if id(weight) in tied]
-    if untied and config.coupling == "shared":
-        raise ValueError(
-            f"got the target {untied[0]}, whose weight is tied to another module's, with coupling 'shared'; needs an untied "
-            "one, because W = B A + R would have to hold for the other module too, which looks rows of W up; set coupling "
-            f"'free', where the core's target gets factors of its own, or exclude_modules=[{untied[0].rpartition('.')[2]!r}]"
-        )
     replaced = {id(weight) for weight in weights.values()} - tied
     private = _private_ids(model, config.private_parameters) - replaced
     shared = [p for p in model.parameters() if id(p) not in private]
     clone = clone_structure(model, shared)
     factors = {path: _factorize(clone, path, site, config, moments.get(path)) for path, site in sites.items()}
-    if config.coupling == "shared":
-        for path, site in sites.items():
-            _share(model, path, site, factors[path])
-        return LowRankCore(clone, config, sites, calibrated=bool(moments))
     forget_ties(clone, untied)
     for path in untied:
         if (bias := factors[path].bias) is not None:  # BERT's head has its bias tied too
             factors[path].B.bias = nn.Parameter(bias.detach().clone())
-    return LowRankCore(clone, config, sites, freeze_shared(clone, {id(p) for p in shared}), untied, bool(moments))
+    frozen: list[tuple[nn.Parameter, nn.Parameter]] = []
+    if config.coupling == "free":
+        frozen = freeze_shared(clone, {id(p) for p in shared})
+    else:
+        for path in [path for path in sites if path not in untied]:
+            _share(model, path, sites[path], factors[path])
+    return LowRankCore(clone, config, sites, frozen, untied, bool(moments))
 
 
 def _private_ids(model: PreTrainedModel, which: str) -> set[int]:
