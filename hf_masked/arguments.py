@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .cores import CORE_KINDS, CoreConfig, LowRankCoreConfig
 from .cores.base import DEFAULT_NAME
+from .launch import join_processes, refuse_deepspeed
 from .methods import fill_phases, summaries
 from .named_cores import OWN, NamedCore, parse_cores, turn_of
 from .plan import Plan
@@ -174,7 +174,8 @@ class MaskedArgumentsMixin:
     )
 
     def __post_init__(self) -> None:
-        self._refuse_deepspeed()
+        refuse_deepspeed(self)
+        join_processes(self)
         super().__post_init__()  # type: ignore[misc]
         check_types(self, MaskedArgumentsMixin, lambda name: f"set --{name}")
         self._apply_preset()
@@ -218,17 +219,6 @@ class MaskedArgumentsMixin:
             raise ValueError("got cores with preset='paper'; needs core, because one core shares its A and B there")
         for name in self.named_cores():
             self.make_plan(name)
-
-    def _refuse_deepspeed(self) -> None:
-        """Before Transformers imports it, and takes its configuration for that of the run."""
-        asked = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"  # type: ignore[attr-defined]
-        trained = {"core": self.core, "cores": self.cores, "method": self.method}
-        named = [f"{name}={value!r}" for name, value in trained.items() if value not in (None, "none")]
-        if asked and named:
-            raise ValueError(
-                f"got {named[0]} with DeepSpeed; needs a run without, because its engine makes the steps, of one network and of all "
-                "of it; drop one of them, or shard the full network with FSDP2 as the guide shows"
-            )
 
     def _apply_preset(self) -> None:
         if self.preset != "paper":

@@ -5,7 +5,7 @@
 Every kind of update in turn (full with SAM's two passes, core, full with two core updates after it, sum), splits, evaluation, a checkpoint
 every 50 steps, `save_total_limit` 2, and a new model and trainer every `--resume_every` steps. One JSON line per 100 steps, then the
 growth per 1,000 steps, by least squares over the rows after the first `--warm_up` steps. `--leak` keeps a copy of the model's
-parameters per step, to see it found.
+parameters per step and an open file of 10 kB per checkpoint, to see them found.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class Look(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.leaked is not None:
+            file = (self.folder / f"leaked_{state.global_step}").open("wb", buffering=0)
+            file.write(bytes(10_000))
+            self.leaked.append(file)
         if state.global_step % EVERY:
             return
         gc.collect()

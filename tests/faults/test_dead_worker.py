@@ -1,4 +1,4 @@
-"""One of two workers dies: the other ends with an error in bounded time, and its checkpoints are whole."""
+"""One of two workers dies or hangs: the other ends with an error in bounded time, and its checkpoints are whole."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hf_masked.checkpoints import last_complete_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60  # for the other one to end in, where a reduction would wait for half an hour
+PATIENCE = 20  # --ddp_timeout in seconds
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def train(folder: Path) -> None:
         folder / "run",
         tiny("gpt2", core="free"),
         ddp_backend="gloo",
+        ddp_timeout=PATIENCE,
         trainer_options={"callbacks": [beat]},
         **options,
         **saving,
@@ -73,9 +75,16 @@ def start(folder: Path) -> list[subprocess.Popen[str]]:
     ]
 
 
-@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_the_other_worker_ends(lost: int, tmp_path: Path) -> None:
-    """Its connection closes, or is reset."""
+@pytest.mark.parametrize(
+    "lost, sent, reason",
+    [
+        pytest.param(1, signal.SIGKILL, "by peer", id="dead"),
+        pytest.param(0, signal.SIGKILL, "by peer", id="dead first", marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, f"Timed out waiting {PATIENCE}000ms", id="hanging"),
+    ],
+)
+def test_the_other_worker_ends(lost: int, sent: signal.Signals, reason: str, tmp_path: Path) -> None:
+    """At once where its connection closes or is reset, else after --ddp_timeout."""
     workers = start(tmp_path)
     try:
         beat, until = tmp_path / f"beat_{lost}", time.monotonic() + 240
@@ -83,12 +92,12 @@ def test_the_other_worker_ends(lost: int, tmp_path: Path) -> None:
             assert time.monotonic() < until and workers[lost].poll() is None, (tmp_path / f"errors_{lost}").read_text()
             time.sleep(0.05)
         assert workers[1 - lost].poll() is None, "it ended before"
-        workers[lost].send_signal(signal.SIGKILL)
+        workers[lost].send_signal(sent)
         assert workers[1 - lost].wait(timeout=SECONDS) != 0
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
     said = (tmp_path / f"errors_{1 - lost}").read_text()
-    assert "by peer" in said, said[-2000:]
+    assert reason in said, said[-2000:]
     assert int((last_complete_checkpoint(str(tmp_path / "run")) or "-0").rpartition("-")[2]) >= 4

@@ -35,5 +35,7 @@ def test_nothing_grows(tmp_path: Path) -> None:
 
 
 def test_a_leak_is_seen(tmp_path: Path) -> None:
-    """Negative control: a copy of 120 kB is kept of every step."""
-    assert soak(tmp_path, "--steps", "600", "--warm_up", "200", "--leak")["growth per 1,000 steps"]["MB"] > 50
+    """Negative control: a copy of 120 kB is kept of every step, and an open file of 10 kB of every 50th."""
+    slopes = soak(tmp_path, "--steps", "600", "--warm_up", "200", "--leak")["growth per 1,000 steps"]
+    assert slopes["MB"] > 50 and slopes["handles"] == pytest.approx(20) and slopes["files"] == pytest.approx(20)
+    assert slopes["disk MB"] == pytest.approx(0.2, abs=0.01)
