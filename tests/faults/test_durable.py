@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from common import fit, tiny
 
-from hf_masked import export, saving
+from hf_masked import export
 
 
 class Disk:
@@ -72,8 +72,15 @@ def test_exports(disk: Disk, tmp_path: Path) -> None:
     assert sum(name.endswith("config.json") for name in disk.renamed) >= 4 and disk.early == []
 
 
-def test_nothing_flushed_is_seen(disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control."""
-    monkeypatch.setattr(saving, "flush_all", lambda folder: None)
-    run(tmp_path)
-    assert any("checkpoint-1" in name for name in disk.early)
+@pytest.mark.parametrize("flushed", [(), ("file",), ("file", "folder")], ids=str)
+def test_what_is_not_flushed_is_seen(flushed: tuple[str, ...], disk: Disk, tmp_path: Path) -> None:
+    """Negative control: a file in a folder that gets its name."""
+    places = {"file": tmp_path / "aside" / "weights", "folder": tmp_path / "aside"}
+    places["folder"].mkdir()
+    places["file"].write_text("1")
+    for name in flushed:
+        handle = os.open(places[name], os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    os.replace(places["folder"], tmp_path / "checkpoint-1")
+    assert disk.early == [str(places[name]) for name in ("folder", "file") if name not in flushed]
