@@ -92,11 +92,10 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
         for parameter, kept in partly.items():
             if parameter.grad is None:
                 continue
-            entries = entries_of(optimizer, parameter, policy != "decay")
             here = own_part(kept.expand(parameter.shape))
             # a part cannot be a vector in its tensor's place
             whole = own_part(parameter) is parameter and parameter.is_contiguous()
-            apart = policy != "decay" and len(entries) > 1 and whole
+            apart = policy != "decay" and whole
             if apart and count_of(here) <= FEW * parameter.numel():
                 around.enter_context(_only(optimizer, parameter, here, policy, room))
             else:
@@ -123,7 +122,10 @@ def _held(
 def _only(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch.Tensor, policy: StatePolicy, room: Room
 ) -> Iterator[None]:
-    """Let the optimizer step the kept entries alone, as a vector in the tensor's place."""
+    """Let the optimizer step the kept entries alone, as a vector in the tensor's place.
+
+    State that it begins in this step is zero elsewhere.
+    """
     at = indices_of(kept)
     whole, gradient, state = parameter.data, parameter.grad, optimizer.state[parameter]
     wholes = {key: value for key, value in entries_of(optimizer, parameter, with_state=True).items() if key}
@@ -134,6 +136,8 @@ def _only(
     state.update(apart)
     try:
         yield
+        stepped = entries_of(optimizer, parameter, with_state=True)
+        wholes |= {key: new.new_zeros(whole.shape) for key, new in stepped.items() if key and key not in wholes}
     finally:
         _put(whole, at, parameter.data)
         for key, value in wholes.items():

@@ -82,7 +82,10 @@ class ClassificationArguments(RecipeArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.clock not in CLOCKS:
-            raise ValueError(f"got clock={self.clock!r}; needs one of {sorted(CLOCKS)}; set --clock")
+            raise ValueError(
+                f"got clock={self.clock!r}; needs one of {sorted(CLOCKS)}, because update steps are timed by one of these; set "
+                "--clock"
+            )
         for name in ("model_name_or_path", "dataset_name"):
             if getattr(self, name) is None:
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,8 +13,9 @@ from common import tiny, values
 
 from hf_masked import Phase, StepInfo
 from hf_masked.apply import hold_still, mask_update, release
+from hf_masked.draws import random_entries
 from hf_masked.masks import Chain, Complement, ErrorFeedback, Fixed, RandK, TopK, block_of
-from hf_masked.masks.entries import kept_count, largest, random_entries
+from hf_masked.masks.entries import kept_count, largest
 from hf_masked.masks.sparse_training import erdos_renyi
 from hf_masked.methods import make_method
 from hf_masked.values import Constant, make_value
@@ -29,24 +31,38 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 # --- entries -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("density", [1e-9, 0.1, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("density", [1e-9, 0.03, 0.1, 0.5, 0.97, 1.0])
 def test_exactly_k_of_the_largest(density: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    # of many entries every twelfth is looked at first; the last two mislead it: all of the large ones, and none of them
-    many, at = torch.randn(200_000, generator=generator), torch.arange(200_000) % 12 == 0
-    for g in [*tensors().values(), torch.zeros(7), torch.ones(3, 3), torch.ones(200_000), many, many * at, many * ~at]:
+    # of many entries every 48th is looked at first; the last two mislead it: all of the large ones, and none of them
+    many, at = torch.randn(200_000, generator=generator), torch.arange(200_000) % 48 == 0
+    embedding = many * (torch.arange(200_000) < 10_000)
+    for g in [
+        *tensors().values(),
+        torch.zeros(7),
+        torch.ones(3, 3),
+        torch.ones(200_000),
+        many,
+        many * at,
+        many * ~at,
+        embedding,
+    ]:
         count = kept_count(density, g.numel())
-        kept = largest(g.abs(), count)
-        assert kept.sum() == count == max(1, round(density * g.numel()))
-        if count < g.numel():
-            assert g.abs()[kept].min() >= g.abs()[~kept].max()
+        for scores, sizes, magnitude in ((g, g, False), (g, g.abs(), True)):
+            kept = largest(scores, count, magnitude)
+            assert kept.sum() == count == max(1, round(density * g.numel()))
+            if count < g.numel():
+                assert sizes[kept].min() >= sizes[~kept].max()
 
 
 def test_a_number_that_is_none_is_among_the_largest() -> None:
     """So that it is seen, wherever a bound on the largest comes from."""
     for rest in (torch.zeros(200_000), torch.rand(200_000)):
         rest[5::20_000] = torch.nan
-        assert rest[largest(rest, 20_000)].isnan().sum() == 10
+        for count, magnitude in itertools.product((5, 20_000), (False, True)):
+            kept = largest(rest, count, magnitude)
+            assert kept.sum() == count
+            assert rest[kept].isnan().sum() == min(10, count)
 
 
 def test_global_scope_selects_over_all_tensors() -> None:
@@ -59,12 +75,21 @@ def test_global_scope_selects_over_all_tensors() -> None:
 
 
 def test_every_choice_of_entries_is_equally_probable() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for count in (3, 8):
-        draws = sum(random_entries(torch.Size([10]), count, generator).double() for _ in range(2000))
-        p = count / 10
+    for count, of in ((3, 10), (8, 10), (1, 40), (39, 40)):  # few places are drawn by themselves
+        draws = sum(random_entries(torch.Size([of]), count, seed).double() for seed in range(2000))
+        p = count / of
         assert draws.sum() == 2000 * count
         assert (draws - 2000 * p).abs().max() < 4.5 * math.sqrt(2000 * p * (1 - p))
+
+
+def test_every_pair_of_entries_is_equally_probable() -> None:
+    """Entries too many or too few are put right by choice, which must not prefer neighbours, or the first."""
+    seen = torch.zeros(6, 6)
+    for seed in range(3000):
+        kept = random_entries(torch.Size([6]), 2, seed).float()
+        seen += torch.outer(kept, kept)
+    pairs, p = seen[torch.triu_indices(6, 6, 1).unbind()], 1 / 15
+    assert (pairs - 3000 * p).abs().max() < 4.5 * math.sqrt(3000 * p * (1 - p))
 
 
 RANDOM = {

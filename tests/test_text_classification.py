@@ -50,6 +50,8 @@ def test_methods_are_compared(inputs: list[str], tmp_path: Path) -> None:
     assert scores["sgd"]["accuracy"] == 1.0
     assert scores["sgd"]["loss"] < 0.1 < 0.5 < scores["parameters"]["loss"]
     assert (tmp_path / "table.md").read_text().strip() in printed
+    plain, frozen = (r["step_seconds"] / r["plain_seconds"] for r in results["runs"])
+    assert frozen < plain, "a step that computes one gradient takes as long as one of all"
 
 
 @pytest.mark.parametrize("core", ["low_rank", "lora"])
@@ -88,6 +90,7 @@ def test_scores_follow_their_definition() -> None:
         ({"methods": ["sgd", "adagrad"]}, "adagrad.*--methods"),
         ({"methods": ["sgd"], "method_configs": '{"sam": {}}'}, "sam.*--method_configs"),
         ({"method_configs": "{"}, "--method_configs"),
+        ({"clock": "sundial"}, "sundial.*--clock"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict, message: str) -> None:

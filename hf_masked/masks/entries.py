@@ -3,16 +3,18 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
+from ..draws import bernoulli, random_entries
+from ..parts import own_part
 from ..types import StepInfo
 from ..values import Value
 
 # numbers that a bound on the largest is guessed from
-_SAMPLE = 2**14
+_SAMPLE = 2**12
 Scope = Literal["tensor", "global"]
 Tensors = Mapping[str, torch.Tensor]
 
@@ -26,59 +28,87 @@ def kept_count(density: float, entries: int) -> int:
     return max(1, min(entries, round(density * entries)))
 
 
-def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+def largest(scores: torch.Tensor, count: int, magnitude: bool = False) -> torch.Tensor:
     """A mask, of the shape of `scores`, of exactly `count` entries none of which is below one left out.
 
-    >>> largest(torch.tensor([[3.0, 1.0], [2.0, 4.0]]), 2).tolist()
+    Args: `magnitude`: of absolute values, which are not written out on a processor.
+
+    >>> largest(torch.tensor([[3.0, -1.0], [2.0, -4.0]]), 2, magnitude=True).tolist()
     [[True, False], [False, True]]
     """
     if not 0 < count < scores.numel():
         return torch.full_like(scores, count > 0, dtype=torch.bool)
     flat = scores.flatten()
-    mask = _largest_by_threshold(flat, count) if flat.device.type == "cpu" else None
+    mask = _largest_on_processor(flat, count, magnitude) if flat.device.type == "cpu" else None
     if mask is None:
         mask = torch.zeros_like(flat, dtype=torch.bool)
-        mask[flat.topk(count, sorted=False).indices] = True
+        mask[(flat.abs() if magnitude else flat).topk(count, sorted=False).indices] = True
     return mask.view(scores.shape)
 
 
-def _largest_by_threshold(flat: torch.Tensor, count: int) -> torch.Tensor | None:
-    """The same of a vector on a processor, where NumPy's partition is several times faster; None among NaN."""
-    numbers = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
-    threshold = _threshold(numbers.numpy(), count)
-    mask = numbers >= threshold
-    surplus = count_of(mask) - count
-    if surplus > 0:
-        if bool(numbers.isnan().any()):
-            return None
-        mask = numbers > threshold
-        mask[_first(numbers == threshold, count - count_of(mask))] = True
-    return None if surplus < 0 else mask
+def _largest_on_processor(flat: torch.Tensor, count: int, magnitude: bool) -> torch.Tensor | None:
+    """The same of a vector on a processor, where NumPy's partition is several times faster; None among as many NaN.
+
+    Only what reaches a bound is partitioned, which a sample sets.
+    """
+    numbers = (flat if flat.dtype in (torch.float32, torch.float64) else flat.float()).numpy()
+    sizes = np.abs if magnitude else np.asarray
+    bound = _bound(sizes(numbers[:: max(1, len(numbers) // _SAMPLE)]), count / len(numbers))
+    if bound is not None:
+        mask = _reach(numbers, bound, magnitude)
+        if np.count_nonzero(mask) > len(numbers) / 2:  # as zeros are, in the gradient of an embedding
+            above = _reach(numbers, np.nextafter(bound, bound.dtype.type(np.inf)), magnitude)
+            missing = count - int(np.count_nonzero(above))
+            if missing >= 0:
+                above[_first(mask ^ above, missing)] = True
+                return torch.from_numpy(above)
+            mask = above
+        places = np.flatnonzero(mask)
+        if count <= len(places) <= len(numbers) / 2:
+            kept = _partitioned(sizes(numbers[places]), count)
+            if kept is not None:
+                mask[places[~kept]] = False
+                return torch.from_numpy(mask)
+    kept = _partitioned(sizes(numbers), count)
+    return None if kept is None else torch.from_numpy(kept)
 
 
-def _first(found: torch.Tensor, count: int) -> torch.Tensor:
-    """Where a vector is True for the first `count` times, without a search through all of it where there are many."""
-    length = 2 * count
-    while length < len(found) and count_of(found[:length]) < count:
-        length *= 2
-    return indices_of(found[:length])[:count]
-
-
-def _threshold(numbers: np.ndarray, count: int) -> float:
-    """The smallest of the `count` largest numbers (NaN are the largest): among those above a bound that a sample sets."""
-    sample = numbers[:: max(1, len(numbers) // _SAMPLE)]
-    share = count / len(numbers)
+def _bound(sample: np.ndarray, share: float) -> np.floating[Any] | None:
+    """What probably a few more numbers reach than the wanted share of those that the sample is of; None of too small a one."""
     # four standard deviations more of the sample than its share, so that too few are found about once in 30,000 times
     rank = math.ceil(len(sample) * share + 4 * math.sqrt(len(sample) * share * (1 - share)) + 4)
-    if rank <= len(sample) / 2 < len(numbers) / 2:
-        bound = np.partition(sample, len(sample) - rank)[len(sample) - rank]
-        above = ~(numbers < bound)
-        found = np.count_nonzero(above)
-        if count <= found <= len(numbers) / 2:
-            numbers = numbers[np.flatnonzero(above)]
-        elif np.count_nonzero(numbers > bound) < count <= np.count_nonzero(numbers >= bound) == found:
-            return float(bound)  # as zeros are, in the gradient of an embedding
-    return float(np.partition(numbers, len(numbers) - count)[len(numbers) - count])
+    if len(sample) < _SAMPLE or rank > len(sample) / 2:
+        return None
+    bound: np.floating[Any] = np.partition(sample, len(sample) - rank)[len(sample) - rank]
+    return bound
+
+
+def _reach(numbers: np.ndarray, bound: np.floating[Any], magnitude: bool) -> np.ndarray:
+    """Where numbers (or magnitudes) are at least the bound, or NaN."""
+    below = numbers < bound
+    if magnitude:
+        below &= numbers > -bound
+    return np.logical_not(below, out=below)
+
+
+def _partitioned(numbers: np.ndarray, count: int) -> np.ndarray | None:
+    """Where the `count` largest are, NaN among them, of equal ones the first; None of as many NaN."""
+    threshold = np.partition(numbers, len(numbers) - count)[len(numbers) - count]
+    mask: np.ndarray = ~(numbers < threshold)
+    if surplus := np.count_nonzero(mask) - count:
+        equal = np.flatnonzero(numbers == threshold)
+        if len(equal) < surplus:
+            return None
+        mask[equal[len(equal) - surplus :]] = False
+    return mask
+
+
+def _first(found: np.ndarray, count: int) -> np.ndarray:
+    """Where a vector is True for the first `count` times, without a search through all of it where there are many."""
+    length = 2 * count
+    while length < len(found) and np.count_nonzero(found[:length]) < count:
+        length *= 2
+    return np.flatnonzero(found[:length])[:count]
 
 
 def largest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -108,30 +138,26 @@ def indices_of(kept: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(kept.numpy()))
 
 
-def largest_by_name(scores: Tensors, density: float, scope: Scope) -> dict[str, torch.Tensor]:
+def multiply(tensor: torch.Tensor, kept: torch.Tensor) -> None:
+    """Multiply by a mask in place; on a processor in NumPy, which converts it piece by piece, not all of it first."""
+    tensor, kept = own_part(tensor), own_part(kept)
+    if tensor.device.type == kept.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+        numbers = tensor.numpy()
+        with np.errstate(invalid="ignore"):  # a zero of what is not finite
+            np.multiply(numbers, kept.numpy(), out=numbers)
+    else:
+        tensor.mul_(kept.to(tensor.dtype))
+
+
+def largest_by_name(scores: Tensors, density: float, scope: Scope, magnitude: bool = False) -> dict[str, torch.Tensor]:
     """`largest`, with one count for every tensor, or for all together (which takes one more copy of the scores)."""
     if scope == "tensor":
-        return {name: largest(score, kept_count(density, score.numel())) for name, score in scores.items()}
+        return {name: largest(score, kept_count(density, score.numel()), magnitude) for name, score in scores.items()}
     if not scores:
         return {}
     joined = torch.cat([score.flatten().float() for score in scores.values()])
-    parts = largest(joined, kept_count(density, joined.numel())).split([s.numel() for s in scores.values()])
+    parts = largest(joined, kept_count(density, joined.numel()), magnitude).split([s.numel() for s in scores.values()])
     return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
-
-
-def random_entries(shape: torch.Size, count: int, generator: torch.Generator) -> torch.Tensor:
-    """A CPU mask with exactly `count` entries, every choice of them equally probable.
-
-    Cost: about `count` random integers, or as many as are left out where those are fewer.
-    """
-    entries = shape.numel()
-    wanted = min(count, entries - count)
-    chosen = torch.zeros(entries, dtype=torch.bool)
-    missing = wanted
-    while missing:
-        chosen[torch.randint(entries, (missing,), generator=generator)] = True
-        missing = wanted - int(chosen.sum())
-    return (chosen if wanted == count else ~chosen).view(shape)
 
 
 @dataclass
@@ -155,12 +181,7 @@ class TopK:
     scope: Scope = "tensor"
 
     def __call__(self, info: StepInfo, gradients: Tensors) -> dict[str, torch.Tensor]:
-        density = self.density(info)
-        if (
-            self.scope == "tensor"
-        ):  # one tensor at a time: their magnitudes together are one more copy of the gradients
-            return {name: largest(g.abs(), kept_count(density, g.numel())) for name, g in gradients.items()}
-        return largest_by_name({name: g.abs() for name, g in gradients.items()}, density, self.scope)
+        return largest_by_name(gradients, self.density(info), self.scope, magnitude=True)
 
 
 @dataclass
@@ -180,14 +201,16 @@ class RandK:
             drawn = replace(drawn, update=0)
         density = self.density(info)
         return {
-            name: random_entries(g.shape, kept_count(density, g.numel()), drawn.generator("rand_k", name)).to(g.device)
+            name: random_entries(g.shape, kept_count(density, g.numel()), drawn.random_seed("rand_k", name)).to(
+                g.device
+            )
             for name, g in gradients.items()
         }
 
 
 @dataclass
 class RandomCoordinates:
-    """Keeps each entry with probability `density`, independently, drawn anew in every update."""
+    """Keeps each entry with probability `density`, rounded as by `bernoulli`, independently, drawn anew in every update."""
 
     density: Value
     on_parts: ClassVar[bool] = True
@@ -195,8 +218,6 @@ class RandomCoordinates:
     def __call__(self, info: StepInfo, gradients: Tensors) -> dict[str, torch.Tensor]:
         density = self.density(info)
         return {
-            name: torch.empty(g.shape, dtype=torch.bool)
-            .bernoulli_(density, generator=info.generator("random_coordinates", name))
-            .to(g.device)
+            name: bernoulli(info, g.device, g.shape, density, "random_coordinates", name)
             for name, g in gradients.items()
         }

@@ -27,10 +27,10 @@ class Magnitude:
     needs_parameters: ClassVar[bool] = True
 
     def __call__(self, info: StepInfo, gradients: Tensors, parameters: Tensors) -> dict[str, torch.Tensor]:
-        scores = {name: parameters[name].abs() for name in gradients}
-        if not self.largest:
-            scores = {name: -score for name, score in scores.items()}
-        return largest_by_name(scores, self.density(info), self.scope)
+        weights = {name: parameters[name] for name in gradients}
+        if self.largest:
+            return largest_by_name(weights, self.density(info), self.scope, magnitude=True)
+        return largest_by_name({n: -w.abs() for n, w in weights.items()}, self.density(info), self.scope)
 
 
 @dataclass

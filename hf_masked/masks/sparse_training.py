@@ -11,10 +11,11 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ..draws import random_entries
 from ..types import StepInfo
 from ..values import Value
 from .blocks import block_of
-from .entries import Scope, kept_count, largest, largest_by_name, random_entries
+from .entries import Scope, kept_count, largest, largest_by_name
 
 Tensors = Mapping[str, torch.Tensor]
 Masks = dict[str, torch.Tensor]
@@ -173,7 +174,7 @@ class DynamicSparsity:
             densities = erdos_renyi(shapes, self.density)
         drawn = StepInfo(0, info.max_steps, info.seed)
         return {
-            name: random_entries(shape, kept_count(densities[name], shape.numel()), drawn.generator("sparse", name))
+            name: random_entries(shape, kept_count(densities[name], shape.numel()), drawn.random_seed("sparse", name))
             for name, shape in shapes.items()
         }
 
@@ -194,7 +195,7 @@ class DynamicSparsity:
             return regrown(mask, weight, gradient, self.drop(info))
         kept, changed = _without_smallest(mask, weight, self.drop(info))
         free = (~kept).flatten().nonzero().flatten()
-        chosen = random_entries(free.shape, changed, info.generator("grow", name))
+        chosen = random_entries(free.shape, changed, info.random_seed("grow", name))
         grown = kept.flatten()
         grown[free[chosen.to(free.device)]] = True
         return grown.view(mask.shape)

@@ -77,8 +77,8 @@ def rand_k(
 def random_coordinates(density: Spec = 0.5, state_policy: StatePolicy = "freeze") -> Method:
     """Random coordinate descent: every entry is trained with probability `density`, independently in every step.
 
-    (dx, p) = (0, Bernoulli). Nesterov 2012 with many coordinates at once. No extra pass, no memory; one random number per
-    entry, drawn on the CPU. Known: no cheaper than a full step, since backward computes every gradient.
+    (dx, p) = (0, Bernoulli). Nesterov 2012 with many coordinates at once. No extra pass, no memory but the mask; 16 random
+    bits per entry. Known: no cheaper than a full step, since backward computes every gradient.
     """
     return both(RandomCoordinates(density_value(density)), state_policy)
 

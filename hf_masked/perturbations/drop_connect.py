@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ..draws import bernoulli
+from ..masks.entries import multiply
 from ..parts import part_of
 from ..types import StepInfo
 from ..values import Spec, make_value
 from .chosen import check_pattern, matrices
-from .draws import bernoulli
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -51,8 +52,9 @@ class DropConnect:
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
         keep, deltas = self._keep(info), {}
         for name, p in matrices(parameters, self.pattern).items():
-            factor = part_of(self._kept(info, name, p, keep), p).to(p.dtype).div_(keep).sub_(1)
-            deltas[name] = factor.mul_(p) if factor.shape == p.shape else factor * p
+            deltas[name] = p / keep
+            multiply(deltas[name], part_of(self._kept(info, name, p, keep), p))
+            deltas[name].sub_(p)
         return deltas
 
     def mask(self, info: StepInfo, gradients: Tensors) -> Tensors:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..draws import normal
 from ..types import StepInfo
 from ..values import Spec, make_value
-from .draws import normal
 
 Tensors = Mapping[str, torch.Tensor]
 

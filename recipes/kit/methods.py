@@ -25,6 +25,8 @@ from .training import make_trainer
 
 BASELINE = "sgd"
 WARM_UP_STEPS = 2
+# timed steps of plain training between the runs, which their times are divided by
+PLAIN_STEPS = 4
 ENERGY = "captured_energy"
 
 
@@ -37,6 +39,8 @@ class MethodRun:
         step_seconds: median over update steps, the first ones left out.
         peak_memory: bytes held at most beyond what was held before, the model included; None where that is not known.
         captured_energy: mean of what was logged with `--diagnostics_steps`, None without.
+        plain_seconds: `step_seconds` of short plain training, mean of that just before and just after the run: what else the
+            machine does has slowed it down as much.
     """
 
     method: str
@@ -46,6 +50,7 @@ class MethodRun:
     peak_memory: int | None
     captured_energy: float | None
     history: list[dict[str, Any]]
+    plain_seconds: float = math.nan
 
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -81,7 +86,7 @@ def run_methods(
     """Fine-tune once per method and seed, and leave `table.md` and `results.json` in `output_dir`, which one process writes.
 
     Args:
-        methods: names in `hf_masked.methods.METHODS`; plain training is trained first, for the ratios.
+        methods: names in `hf_masked.methods.METHODS`; plain training is trained first, for the ratio of memory.
         configs: options by method name.
         clock: what step times are taken by, a name in CLOCKS.
     """
@@ -91,6 +96,7 @@ def run_methods(
     runs: list[MethodRun] = []
     ordered = [BASELINE, *(name for name in methods if name != BASELINE)]
     for seed in seeds:
+        before = plain_step_seconds(task, training_args, clock)
         for name in ordered:
             if writes():
                 print(f"\n== {name}: seed {seed}")
@@ -102,6 +108,8 @@ def run_methods(
                 trainer.save_model(str(out))
             del trainer
             gc.collect()
+            after = plain_step_seconds(task, training_args, clock)
+            run.plain_seconds, before = (before + after) / 2, after
             if not writes():
                 continue
             # after every run, so that an interrupted comparison leaves what it has found
@@ -137,14 +145,31 @@ def run_method(task: Task, args: TrainingArguments, clock: str) -> tuple[MethodR
     return run, trainer
 
 
+def plain_step_seconds(task: Task, training_args: Any, clock: str) -> float:
+    """Median over a few update steps of plain training."""
+    short = {
+        "method": BASELINE,
+        "method_config": None,
+        "max_steps": WARM_UP_STEPS + PLAIN_STEPS,
+        "diagnostics_steps": 0,
+    }
+    silent = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "load_best_model_at_end": False}
+    steps = StepClock(clock)
+    trainer = make_trainer(task, task.new_model(0), dataclasses.replace(training_args, **short, **silent))
+    trainer.add_callback(steps)
+    trainer.train()
+    return steps.median()
+
+
 def methods_table(runs: Sequence[MethodRun], task: Task) -> str:
-    """One row per method: scores with standard deviations, and cost over plain training of the same seed."""
+    """One row per method: scores with standard deviations, and cost over plain training: that beside each run, memory of the
+    same seed's."""
     plain = {run.seed: run for run in runs if run.method == BASELINE}
     rows = []
     for name in dict.fromkeys(run.method for run in runs):
         mine = [run for run in runs if run.method == name]
         row = [name, *(spread([run.scores[m.key] for run in mine], m.digits) for m in task.metrics)]
-        row.append(spread([run.step_seconds / plain[run.seed].step_seconds for run in mine], 2))
+        row.append(spread([run.step_seconds / run.plain_seconds for run in mine], 2))
         row.append(
             spread([(run.peak_memory or math.nan) / (plain[run.seed].peak_memory or math.nan) for run in mine], 2)
         )
