@@ -87,6 +87,31 @@ def test_state_policies(policy: str, density: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(new, expected, **tolerance or {"rtol": 1e-5, "atol": 1e-8})
 
 
+@pytest.mark.parametrize("policy", ["freeze", "reset"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_that_begins_under_a_mask_is_zero_elsewhere(name: str, policy: str) -> None:
+    """From the first step on, with few entries kept: as many numbers of state are made as without a mask, no more copies."""
+    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < FEW / 2
+    parameter, alone = nn.Parameter(gradient(99, torch.float32)), nn.Parameter(gradient(99, torch.float32)[mask])
+    optimizer, reference = OPTIMIZERS[name]([parameter]), OPTIMIZERS[name]([alone])
+    begun = entries(optimizer, parameter)  # Adagrad's is there before
+    steps = MaskedSteps(optimizer)
+    before = parameter.detach().clone()
+    for t in range(3):
+        steps.obey(StepMask({"w": parameter}, {"w": mask}, policy))
+        parameter.grad = gradient(t, torch.float32)
+        alone.grad = parameter.grad[mask]
+        optimizer.step()
+        reference.step()
+    assert torch.equal(parameter[mask], alone) and same_bits(parameter, before)[~mask].all()
+    expected, found = entries(reference, alone), entries(optimizer, parameter)
+    assert found.keys() == expected.keys()
+    for key, state in found.items():
+        assert torch.equal(state[mask], expected[key])
+        rest = torch.zeros(()) if policy == "reset" or key not in begun else begun[key][~mask]
+        assert (state[~mask] == rest).all()
+
+
 ZEROS = ["AdamW foreach", "AdamW fused", "AdamW amsgrad", "SGD", "SGD momentum", "Adagrad"]
 
 
@@ -194,6 +219,39 @@ def test_state_that_is_not_per_entry(name: str, density: str) -> None:
     for policy in ("freeze", "reset"):
         with pytest.raises(ValueError, match=r'(?s)got Adafactor, whose state.*"decay".*--optim'):
             run(FACTORED[name], mask, policy)
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_bitsandbytes(density: str) -> None:
+    """32-bit state is held entry by entry; of 8-bit state blocks have a scale in common, so that is refused where it would
+    have to be, and goes on without a gradient, or rests as a whole, with every bit of the parameter."""
+    optim = pytest.importorskip("bitsandbytes").optim
+    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < DENSITIES[density]
+
+    def make(parameters: Any, eight_bit: bool = True) -> Any:
+        kind = optim.AdamW8bit if eight_bit else optim.AdamW32bit
+        return kind(parameters, lr=0.1, weight_decay=0.1, min_8bit_size=500)
+
+    for eight_bit, policy in ((False, "freeze"), (True, "decay")):
+        _, optimizer, seen = run(lambda p, e=eight_bit: make(p, e), mask, policy)
+        assert same_bits(seen[1][0], seen[-1][0])[~mask].all()
+        assert (seen[1][0] != seen[-1][0])[mask].all()
+        assert (
+            any(
+                s.dtype == torch.uint8
+                for s in next(iter(optimizer.state.values())).values()
+                if isinstance(s, torch.Tensor)
+            )
+            is eight_bit
+        )
+        if not eight_bit:
+            assert all(same_bits(seen[1][1][key], seen[-1][1][key])[~mask].all() for key in ("state1", "state2"))
+    for policy in ("freeze", "reset"):
+        with pytest.raises(ValueError, match=r'(?s)got AdamW8bit, whose state.*"decay".*--optim'):
+            run(make, mask, policy)
+    _, _, seen = run(make, False, "freeze")
+    assert same_bits(seen[1][0], seen[-1][0]).all()
+    assert all(torch.equal(seen[1][1][key], seen[-1][1][key]) for key in ("state1", "state2"))
 
 
 def test_learning_rates_of_single_tensors() -> None:

@@ -306,6 +306,13 @@ def test_schedules_of_scalars(spec: Any, formula: Any) -> None:
         assert value(StepInfo(t, 20)) == pytest.approx(formula(min(1.0, max(0.0, (t - 4) / 10))))
 
 
+def test_a_warm_up_and_pieces() -> None:
+    warm = make_value({"name": "warmup", "value": 0.4, "steps": 0.2}, "rho", 0)
+    assert [warm(StepInfo(t, 20)) for t in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    pieces = make_value({"name": "piecewise", "steps": [2, 0.5], "values": [1.0, 0.5, 0.1]}, "density", 0, 1)
+    assert [pieces(StepInfo(t, 8)) for t in range(6)] == [1.0, 1.0, 0.5, 0.5, 0.1, 0.1]
+
+
 BAD_VALUES: list[tuple[Any, str]] = [
     (0, "density=0.*> 0"),
     (1.5, "density=1.5.*<= 1"),

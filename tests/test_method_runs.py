@@ -24,6 +24,10 @@ RESUMED: dict[str, tuple[int, dict[str, Any]]] = {
     "rigl": (4, {"every": 2, "until": 1.0}),
     "badam": (3, {"every": 2}),
     "rand_k": (3, {"every": 2, "density": {"name": "piecewise", "steps": [2, 4], "values": [0.5, 0.3, 0.2]}}),
+    "set": (4, {"every": 2}),
+    "lisa": (3, {"every": 2, "blocks": 1}),
+    "freeze_out": (3, {"t0": 0.3}),
+    "random_coordinates": (3, {}),
 }
 
 
@@ -46,7 +50,7 @@ def everything(trainer: Any) -> dict[str, Any]:
 def test_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
     straight = run(tmp_path / "straight", name)
     expected = everything(straight)
-    assert bool(expected["method"]) is (name not in ("badam", "rand_k"))
+    assert bool(expected["method"]) is (name in ("topk_ef", "fisher", "gmp", "rigl", "set"))
     start = Path(shutil.copytree(tmp_path / f"straight/checkpoint-{RESUMED[name][0]}", tmp_path / "start"))
     assert difference(everything(run(tmp_path / "resumed", name, start)), expected) is None
     state = start / "joint" / "method.safetensors"
@@ -71,6 +75,43 @@ def test_the_saved_network_is_sparse(tmp_path: Path) -> None:
     assert kept == pytest.approx(0.2, abs=0.01)
     plain = fit(tmp_path, tiny(), max_steps=2).model
     assert all(p.count_nonzero() == p.numel() for n, p in plain.named_parameters() if "layers" in n)
+
+
+# of those that Trainer offers, what needs no accelerator; the last ones where bitsandbytes is installed
+OFFERED = [
+    "adamw_torch",
+    "adamw_torch_fused",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "adafactor",
+    "lion_32bit",
+    "adamw_bnb_8bit",
+]
+
+
+@pytest.mark.parametrize("optim", OFFERED)
+def test_masks_hold_under_the_optimizers_that_trainer_offers(optim: str, tmp_path: Path) -> None:
+    """The audit compares checksums of what is held in every update."""
+    if optim in OFFERED[-2:]:
+        pytest.importorskip("bitsandbytes")
+    whole = optim == "adamw_bnb_8bit"
+    policy = {"state_policy": "decay"} if optim == "adafactor" else {}
+    options = (
+        {"method": "badam", "method_config": {"every": 1}} if whole else {"method": "top_k", "method_config": policy}
+    )
+    model = tiny()
+    before = values(model)
+    trainer = fit(tmp_path, model, optim=optim, max_steps=2, audit=True, **options)
+    trained = moved(before, trainer.model)
+    if whole:
+        assert trained and trained != set(before)
+        return
+    still = sum(int((p == before[n]).sum()) for n, p in trainer.model.named_parameters())
+    assert trained and still > 0.5 * sum(p.numel() for p in before.values())
+    free = tiny()
+    fit(tmp_path, free, optim=optim, max_steps=2)
+    assert sum(int((p == before[n]).sum()) for n, p in free.named_parameters()) < 0.5 * still, "negative control"
 
 
 class Overflows(MaskedTrainer):
@@ -148,6 +189,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "shared.*coupling free",
     ),
     ({"method": "top_k", "optim": "adafactor"}, "adafactor.*decay.*--optim"),
+    ({"method": "top_k", "optim": "adamw_bnb_8bit"}, "adamw_bnb_8bit.*decay.*--optim"),
+    ({"method": "badam", "optim": "lomo"}, "lomo.*steps inside backward.*--optim"),
     ({"method": "top_k", "schedule": "core_only"} | CORE, "core_only.*apply_to"),
     (
         {"method": "top_k", "method_config": {"apply_to": "core"}, "schedule": "full_only"} | CORE,

@@ -71,6 +71,11 @@ def pruned_every_third(t: int, past: list[Values], g: Values) -> Values:
     return {n: torch.where(chosen[n] != 0, -past[-1][n], 0.0) for n in chosen}
 
 
+def pruned_by_tensor(t: int, past: list[Values], g: Values) -> Values:
+    """The half with the largest magnitudes of every matrix."""
+    return {n: torch.where(v.abs() <= v.abs().median(), -v, 0.0) for n, v in matrices(past[-1]).items()}
+
+
 def two_of_four(t: int, past: list[Values], g: Values) -> Values:
     deltas = {}
     for name, v in matrices(past[-1]).items():
@@ -109,6 +114,7 @@ RULES: dict[str, tuple[Any, Formula]] = {
     "extragradient step size": (Extragradient(LR), ahead),
     "stale": (Stale(3), stale),
     "prune": (Prune(0.5), pruned),
+    "prune by tensor": (Prune(0.5, scope="tensor"), pruned_by_tensor),
     "prune every 3": (Prune(0.5, every=3), pruned_every_third),
     "prune 2:4": (Prune(structure="2:4"), two_of_four),
     "prune rows": (Prune(0.25, scope="tensor", structure="rows"), whole_rows),
