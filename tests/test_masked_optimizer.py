@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hf_masked import StepInfo
 from hf_masked.masked_optimizer import FEW, MaskedSteps, StepMask, place_state
+from hf_masked.methods import make_method
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
@@ -180,6 +184,32 @@ def test_state_of_resting_tensors_lies_elsewhere() -> None:
     place_state(optimizer, parameters.values(), resting={parameters["a"]}, where="meta")
     devices = {n: optimizer.state[p]["exp_avg"].device.type for n, p in parameters.items()}
     assert devices == {"a": "meta", "b": "cpu"}
+
+
+def test_an_accelerator_holds_the_state_of_what_is_trained_alone() -> None:
+    """Of an accelerator that is not there torch's fake tensors know where each tensor lies, and its size: one of 8 blocks is
+    trained, and what was once trained is in main memory. Whether the numbers are right takes a real one (below)."""
+    names = [f"h.{i}.weight" for i in range(8)]
+    rule = make_method("lisa", blocks=1, every=1).update_mask
+    masks = [rule(StepInfo(t, 40), dict.fromkeys(names)) for t in range(40)]  # type: ignore[misc, arg-type]
+    of_one_block = 2 * 4 * 64**2
+    for offload in (True, False):
+        with FakeTensorMode():
+            parameters = {n: nn.Parameter(torch.empty(64, 64, device="cuda")) for n in names}
+            optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+            steps, most = MaskedSteps(optimizer), 0
+            for mask in masks:
+                for p in parameters.values():
+                    p.grad = torch.empty_like(p)
+                steps.obey(StepMask(parameters, mask, "freeze", offload))
+                optimizer.step()
+                held = Counter[str]()
+                for state in optimizer.state.values():
+                    for tensor in state.values():
+                        held[tensor.device.type] += tensor.nbytes if tensor.numel() > 1 else 0
+                most = max(most, held["cuda"])
+        assert most == (of_one_block if offload else 8 * of_one_block)
+        assert held["cpu"] == (7 * of_one_block if offload else 0)
 
 
 @pytest.mark.gpu
