@@ -46,7 +46,8 @@ class DropConnect:
         self._drawn_for: tuple[int, int, int] | None = None
         if self.structure not in ("entries", "inputs"):
             raise ValueError(
-                f"got structure={self.structure!r}; needs 'entries' or 'inputs'; set it in --method_config"
+                f"got structure={self.structure!r}; needs 'entries' or 'inputs', because one of these is dropped together; set it in "
+                "--method_config"
             )
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:

@@ -48,30 +48,38 @@ class Prune:
         self.sparsity = self._sparsity = make_value(self.sparsity, "sparsity", 0, 1)
         check_pattern(self.pattern)
         if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise ValueError(f"got every={self.every!r}; needs an integer >= 1; set it in --method_config")
+            raise ValueError(
+                f"got every={self.every!r}; needs an integer >= 1, because it counts the update steps that a choice holds for; set "
+                "it in --method_config"
+            )
         self._masks: dict[str, torch.Tensor] = {}
         self._turn: int | None = None
         if self.scope not in ("global", "tensor"):
-            raise ValueError(f"got scope={self.scope!r}; needs 'global' or 'tensor'; set it in --method_config")
+            raise ValueError(
+                f"got scope={self.scope!r}; needs 'global' or 'tensor', because magnitudes are compared over all matrices or in "
+                "each; set it in --method_config"
+            )
         groups = re.fullmatch(r"(\d+):(\d+)", self.structure)
         self._groups = (int(groups[1]), int(groups[2])) if groups else None
         whole = self.structure in ("entries", "rows")
         if not whole and (self._groups is None or not 0 < self._groups[0] < self._groups[1]):
             raise ValueError(
-                f"got structure={self.structure!r}; needs 'entries', 'rows', or n:m with 0 < n < m such as '2:4'; set it in "
-                "--method_config"
+                f"got structure={self.structure!r}; needs 'entries', 'rows', or n:m with 0 < n < m such as '2:4', because one of "
+                "these is what is zero together; set it in --method_config"
             )
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
         chosen = matrices(parameters, self.pattern)
         masks = self.kept(info, chosen) if self.every == 1 else self._held(info, chosen)
-        return {name: torch.where(kept.to(chosen[name].device), 0, -chosen[name]) for name, kept in masks.items()}
+        return {name: torch.where(kept, 0, -chosen[name]) for name, kept in masks.items()}
 
     def _held(self, info: StepInfo, chosen: Tensors) -> dict[str, torch.Tensor]:
         """The masks of the turn that this update step belongs to, made at the first update in it."""
         turn = info.step // self.every
         if turn != self._turn:
             self._masks, self._turn = self.kept(info, chosen), turn
+        # those of a checkpoint come from the processor, and stay where they are needed
+        self._masks = {name: kept.to(chosen[name].device) for name, kept in self._masks.items()}
         return self._masks
 
     def kept(self, info: StepInfo, parameters: Tensors) -> dict[str, torch.Tensor]:
@@ -84,10 +92,8 @@ class Prune:
             sizes = {n: p.flatten(1).norm(dim=1) / p[0].numel() ** 0.5 for n, p in parameters.items()}
             shapes = {n: (-1, *[1] * (p.ndim - 1)) for n, p in parameters.items()}
         else:
-            sizes, shapes = (
-                {n: p.abs().flatten() for n, p in parameters.items()},
-                {n: p.shape for n, p in parameters.items()},
-            )
+            sizes = {n: p.flatten() for n, p in parameters.items()}
+            shapes = {n: p.shape for n, p in parameters.items()}
         if self.scope == "tensor":
             kept = {n: _largest(size, sparsity) for n, size in sizes.items()}
         else:
@@ -108,9 +114,9 @@ class Prune:
 
 
 def _largest(sizes: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """True for all but the round(sparsity * n) smallest, at least one."""
+    """True for all but the round(sparsity * n) smallest magnitudes, at least one."""
     dropped = min(round(sparsity * sizes.numel()), sizes.numel() - 1)
-    return largest(sizes, sizes.numel() - dropped)
+    return largest(sizes, sizes.numel() - dropped, magnitude=True)
 
 
 def _largest_of_groups(p: torch.Tensor, n: int, m: int, name: str) -> torch.Tensor:

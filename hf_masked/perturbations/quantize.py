@@ -70,7 +70,10 @@ class Quantize:
     def __post_init__(self) -> None:
         check_pattern(self.pattern)
         if self.to not in QUANTIZERS:
-            raise ValueError(f"got to={self.to!r}; needs one of {sorted(QUANTIZERS)}; set it in --method_config")
+            raise ValueError(
+                f"got to={self.to!r}; needs one of {sorted(QUANTIZERS)}, because forward and backward run with that; set it in "
+                "--method_config"
+            )
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
         return {name: self._quantized(p) - p for name, p in matrices(parameters, self.pattern).items()}
