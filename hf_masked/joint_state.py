@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from .core_run import CoreRun
@@ -25,7 +25,7 @@ from .cores import Core
 from .cores.base import DEFAULT_NAME
 from .meters import LossMeter
 from .replay import REPLAY_NAME, load_buffers, save_buffers
-from .state_files import check_state, load_state, reading, save_state, stored_shapes
+from .state_files import check_state, load_state, reading, save_state, stored_shapes, write_tensors
 from .training_state import load_optimizer
 
 FOLDER = "joint"
@@ -74,7 +74,7 @@ def save_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
     """Write every tensor that the export at the checkpoint's root does not hold exactly as it is trained."""
     folder = _folder(checkpoint, core.name)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().contiguous().clone() for k, v in core.tensors(full).items()}, folder / _WEIGHTS)
+    write_tensors(folder / _WEIGHTS, core.tensors(full))
     made_with = {"kind": core.config.kind, "core_config": core.config.to_dict(), "fingerprint": core.fingerprint()}
     (folder / "core.json").write_text(json.dumps(made_with, indent=2), encoding="utf-8")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from .state_files import write_tensors
 from .types import Phase
 
 _FOLDER = "joint"
@@ -49,13 +49,9 @@ def save(phases: Phases, checkpoint: str | Path, method: str, process: Process) 
     file = Path(checkpoint, _FOLDER, process.file(rules))
     if not rules or (process.index > 0 and file.name == process.file({})):
         return
-    tensors = {
-        f"{slot}/{key}": tensor.detach().contiguous().clone()
-        for slot, rule in rules.items()
-        for key, tensor in rule.state_dict().items()
-    }
+    tensors = {f"{slot}/{key}": tensor for slot, rule in rules.items() for key, tensor in rule.state_dict().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"method": method})
+    write_tensors(file, tensors, {"method": method})
 
 
 def load(phases: Phases, checkpoint: str | Path | None, method: str, process: Process) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .distillation import Teaching
+from .state_files import write_tensors
 from .types import StepInfo
 
 # what its tensors are called, as a regular expression
@@ -115,7 +116,7 @@ class ReplayBuffer:
     def save(self, file: Path) -> None:
         """Write all batches as one safetensors file."""
         named = _numbered(self.batches) | {"uses": torch.tensor(self._uses)}
-        save_file({k: t.contiguous().clone() for k, t in named.items()}, file)
+        write_tensors(file, named)
 
     def load(self, file: Path) -> None:
         """Read what `save` wrote."""
@@ -147,7 +148,7 @@ def save_buffers(buffers: Mapping[str, ReplayBuffer], file: Path) -> None:
         named[f"{name}.batches"] = torch.tensor([number[id(batch)] for batch in buffer.batches], dtype=torch.int64)
         named[f"{name}.uses"] = torch.tensor(buffer._uses, dtype=torch.int64)
         named[f"{name}.taught"] = torch.tensor(buffer._taught, dtype=torch.bool)
-    save_file({k: t.contiguous().clone() for k, t in named.items()}, file)
+    write_tensors(file, named)
 
 
 def load_buffers(buffers: Mapping[str, ReplayBuffer], file: Path) -> None:

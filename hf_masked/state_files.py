@@ -11,7 +11,7 @@ JSON has no tuples, no keys but strings and no tensors: an object is {"tuple": [
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,16 @@ def save_state(folder: Path, name: str, state: Any) -> None:
     tree = _encode(state, name, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     if tensors:
-        save_file(_apart(tensors), folder / f"{name}.safetensors")
+        write_tensors(folder / f"{name}.safetensors", tensors)
     (folder / f"{name}.json").write_text(json.dumps({"version": VERSION, "state": tree}), encoding="utf-8")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Cost: memory of the tensors that are not contiguous, or share theirs with another one.
+    """
+    save_file(_apart(tensors), file, metadata)
 
 
 def check_savable(name: str, state: Any) -> None:
@@ -133,11 +141,12 @@ def _decode(tree: Any, tensor: Callable[[str, list[int]], Any]) -> Any:
     raise ValueError(f"an object with the key {tag!r}")
 
 
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Each contiguous and in memory of its own, as safetensors asks."""
     seen: set[int] = set()
     made = {}
-    for key, tensor in tensors.items():
+    for key, given in tensors.items():
+        tensor = given.detach()
         place = tensor.untyped_storage().data_ptr()
         made[key] = tensor.clone(memory_format=torch.contiguous_format) if place in seen else tensor.contiguous()
         seen.add(place)
