@@ -10,6 +10,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 
 from . import joint_state, method_state
 from .checkpoints import clear_aside, folder_aside, last_complete_checkpoint, publish, withdraw
+from .checksums import NAME as CHECKSUMS
+from .checksums import check_checksums, write_checksums
 from .cores import get_cores
 from .cores.base import DEFAULT_NAME
 from .cores.modules import unwrap
@@ -22,7 +24,7 @@ from .training_state import FOLDER, TrainingStateMixin
 from .types import Phase
 
 # what a pushed folder leaves out: what only resuming needs
-_NOT_A_PRODUCT = ["_*", ".export-*", "checkpoint-*", "joint/*", f"{FOLDER}/*"]
+_NOT_A_PRODUCT = ["_*", ".export-*", "checkpoint-*", "joint/*", f"{FOLDER}/*", CHECKSUMS]
 
 
 class JointSavingMixin(TrainingStateMixin):
@@ -79,6 +81,8 @@ class JointSavingMixin(TrainingStateMixin):
             self._name_best(folder_aside(run_dir) / name, Path(run_dir, name))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if self._trains_slots:
+                    write_checksums(folder_aside(run_dir) / name)
                 flush_all(folder_aside(run_dir))
         except (OSError, RuntimeError, SafetensorError) as error:
             self.state.best_model_checkpoint = best
@@ -159,6 +163,8 @@ class JointSavingMixin(TrainingStateMixin):
         refuse_resuming(self.model, resume_from_checkpoint)
         if not self._joint:
             self._check_training_state(resume_from_checkpoint)
+            if self._trains_slots:
+                check_checksums(resume_from_checkpoint)
             if not self._load_whole(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -169,6 +175,7 @@ class JointSavingMixin(TrainingStateMixin):
         self._check_training_state(resume_from_checkpoint)
         own_optimizer, process = not self._one_state(), self._of_process("")
         joint_state.check_training(resume_from_checkpoint, own_optimizer, process, list(cores))
+        check_checksums(resume_from_checkpoint)
         self._load_networks(resume_from_checkpoint)
 
     def _load_networks(self, checkpoint: str) -> None:

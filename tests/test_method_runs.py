@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from hf_masked import MaskedTrainer, get_core
+from hf_masked.checksums import write_checksums
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
 
@@ -59,6 +60,9 @@ def test_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"made with the method '{name}'.*--method"):
         run(tmp_path / "other", "gmp" if name != "gmp" else "rigl", start)
     state.unlink()
+    with pytest.raises(ValueError, match=r"method\.safetensors, which is not as it was saved"):
+        run(tmp_path / "lost", name, start)
+    write_checksums(start)
     with pytest.raises(ValueError, match=r"method\.safetensors.*cannot be read.*--method"):
         run(tmp_path / "lost", name, start)
 

@@ -21,8 +21,8 @@ import os, shutil, sys
 from pathlib import Path
 from accelerate import PartialState
 from common import fit, tiny
-from safetensors.torch import save_file
 from test_processes_resume import OPTIONS
+from hf_masked.checksums import write_checksums
 
 folder = Path(sys.argv[1])
 rank = int(os.environ["RANK"])
@@ -36,6 +36,7 @@ train("resumed", resume=folder / "straight" / "checkpoint-4")
 if rank == 0:
     joint = Path(shutil.copytree(folder / "straight" / "checkpoint-4", folder / "swapped" / "checkpoint-4")) / "joint"
     shutil.copy(joint / "replay_0.safetensors", joint / "replay_1.safetensors")
+    write_checksums(joint.parent)
 PartialState().wait_for_everyone()
 train("control", resume=folder / "swapped" / "checkpoint-4")
 try:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from hf_masked import MaskedTrainer
+from hf_masked.checksums import write_checksums
 from hf_masked.state_files import load_state, save_state
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -269,3 +270,24 @@ def test_tensors_of_another_save_are_refused(made: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"differs from optimizer.json at \['0.optimizer"):
         run(tmp_path / "out", resume=start)
     assert json.loads((start / "training_state" / "optimizer.json").read_text())["version"] == 1
+
+
+@pytest.mark.parametrize("what", ["core", "method"])
+def test_a_flipped_bit_is_told(what: str, made: Path, tmp_path: Path) -> None:
+    """In a value, where shapes and length are as they were; negative control: with a checksum to match, it trains on."""
+    options: dict[str, Any] = {"core": None, **SAM} if what == "method" else {}
+    start = copied(made, what, tmp_path)
+    straight = values(run(tmp_path / "out", resume=start, **options).model)
+    files = sorted(start.rglob("*.safetensors"))
+    assert len(files) >= (5 if what == "core" else 3)
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 64]))
+        with pytest.raises(ValueError, match=rf"got .*{file.name}, which is not as it was saved; needs the CRC-32"):
+            run(tmp_path / "out", resume=start, **options)
+        file.write_bytes(content)
+    weights = start / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 64]))
+    write_checksums(start)
+    assert difference(values(run(tmp_path / "out", resume=start, **options).model), straight) is not None
