@@ -55,7 +55,7 @@ class MaskedArgumentsMixin:
             "or a regular expression), exclude_modules, init (svd | activation: nearest in outputs on the last batches, of "
             "which calibration_batches | random), private (none | norms | biases | embeddings | all). lora, e.g. '{\"r\": 8}': "
             "PEFT's own names: r, lora_alpha, target_modules, exclude_modules, rank_pattern, alpha_pattern, "
-            "modules_to_save, lora_dropout, use_rslora, init_lora_weights, task_type. "
+            "modules_to_save, lora_dropout, use_rslora, init_lora_weights, task_type; or ranks and rung_sampling, as of low_rank. "
             "depth: keep, keep_encoder, keep_decoder (a fraction of the blocks, or their numbers; a list of "
             "either is a ladder, as ranks). width: neurons, heads (a fraction or a number; a list is a ladder), order (first | magnitude). sparse: sparsity (a fraction, or 'n:m'), target_modules, "
             "exclude_modules, grow_every (core updates; gradient-grown masks), grow_share, grow_until."

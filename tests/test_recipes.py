@@ -117,14 +117,14 @@ def test_causal_lm_fine_tunes_with_an_adapter_for_a_core(tmp_path: Path) -> None
     base.save_pretrained(tmp_path / "base")
     train_tokenizer(["some words to split, and some more words"] * 4, 300).save_pretrained(tmp_path / "base")
     common = (
-        *("--core", "lora", "--core_config", '{"r": 2}', "--output_dir", str(tmp_path / "out")),
+        *("--core", "lora", "--core_config", '{"ranks": [1, 2]}', "--output_dir", str(tmp_path / "out")),
         *("--corpus_characters", "30000", "--vocab_size", "400", "--block_size", "16", "--max_eval_samples", "32"),
         *("--cache_dir", str(tmp_path / "cache"), "--max_steps", "4", "--report_to", "none", "--sample_tokens", "3"),
     )
     arms = ["full_alone", "svd_untuned", "svd", "joint"]
     run("causal_lm.py", *common, "--model_name_or_path", str(tmp_path / "base"), "--compare", "--compare_arms", *arms)
     results = json.loads((tmp_path / "out/results.json").read_text())
-    full, core = results["networks"]
+    full, core, smaller = results["networks"]
     alone, untuned, svd, joint = results["runs"]
     assert joint["full"]["loss"] == alone["full"]["loss"] != svd["core"]["loss"] != untuned["core"]["loss"]
     assert (
@@ -132,6 +132,8 @@ def test_causal_lm_fine_tunes_with_an_adapter_for_a_core(tmp_path: Path) -> None
         and untuned["flops"] == alone["flops"] < svd["flops"]
     )
     assert core["scores"]["loss"] == pytest.approx(joint["core"]["loss"], abs=2e-4)
+    assert smaller["name"] == "core-r1" and smaller["bytes_on_disk"] < core["bytes_on_disk"]
+    assert smaller["scores"]["loss"] == pytest.approx(joint["core"]["r1_loss"], abs=2e-4)
     adapter = tmp_path / "out/adapter/adapter_model.safetensors"
     assert core["bytes_on_disk"] == adapter.stat().st_size < full["bytes_on_disk"] / 2
     assert core["parameters"] > full["parameters"], "the base and the adapter on it"

@@ -1,17 +1,16 @@
 """The configuration of a low-rank core, checked when it is made."""
 
-import itertools
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from .base import Core, CoreConfig, require
-from .ladder import RungSampling, check_sampling
+from .ladder import RungSampling, check_ranks
 
 PRIVATE = ("none", "norms", "biases", "embeddings", "all")
 
@@ -92,25 +91,15 @@ class LowRankCoreConfig(CoreConfig):
             require(self.rank == LowRankCoreConfig.rank, "rank", self.rank, "none beside budget",
                      "the budget says the ranks; rank_pattern fixes single ones")  # fmt: skip
         if self.ranks is not None:
-            self._check_ladder(self.ranks)
+            absent: dict[str, Any] = {"rank": LowRankCoreConfig.rank, "rank_pattern": {}, "budget": None}
+            beside = {name: (getattr(self, name), value) for name, value in absent.items()}
+            check_ranks(self.ranks, self.rung_sampling, beside)
         inits = ("svd", "activation", "random")
         require(self.init in inits, "init", self.init, f"one of {inits}", "A and B start as one of them")
         require(self.calibration_batches >= 0, "calibration_batches", self.calibration_batches, "an integer >= 0",
                  "it counts batches")  # fmt: skip
         require(self.private is None or self.private in PRIVATE, "private", self.private, f"one of {PRIVATE}",
                  "it names what the core gets its own copy of")  # fmt: skip
-
-    def _check_ladder(self, ranks: list[int] | list[float]) -> None:
-        counts = all(isinstance(r, int) and r >= 1 for r in ranks)
-        shares = all(isinstance(r, float) and 0 < r <= 1 for r in ranks)
-        increasing = all(low < high for low, high in itertools.pairwise(ranks))
-        require(len(ranks) > 0 and (counts or shares) and increasing, "ranks", ranks,
-                 "increasing integers >= 1, or increasing fractions in (0.0, 1.0]",
-                 "every rung is part of the next, and numbers and fractions have no order that holds for all layers")  # fmt: skip
-        for name, absent in (("rank", LowRankCoreConfig.rank), ("rank_pattern", {}), ("budget", None)):
-            require(getattr(self, name) == absent, name, getattr(self, name), "none beside ranks",
-                     "the rungs are the ranks of every target; exclude_modules leaves single ones dense")  # fmt: skip
-        check_sampling(self.rung_sampling)
 
     @property
     def private_parameters(self) -> str:

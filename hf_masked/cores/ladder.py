@@ -1,11 +1,12 @@
-"""A ladder of cores, each inside the next: which rung a core update runs at, and what it may move.
+"""A ladder of cores, each inside the next: which rung a core update runs at.
 
-Of narrower or shallower networks (`resized.py`) a rung is a core of the core, on the same parameters. Of ranks: with A (r, n) and B (m, r), the rung of rank k <= r is  x -> B[:, :k] (A[:k] x) + b: its directions are the first k of
-every larger rung, and at a split they are the k largest singular ones.
+Of narrower or shallower networks (`resized.py`) a rung is a core of the core, on the same parameters; of ranks
+(`rank_ladder.py`), the leading directions.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,25 @@ def check_sampling(sampling: str) -> None:
     """
     require(sampling in RUNG_SAMPLINGS, "rung_sampling", sampling, f"one of {RUNG_SAMPLINGS}",
             "it says which rung a core update runs at")  # fmt: skip
+
+
+def check_ranks(ranks: list[int] | list[float], sampling: str, beside: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse a ladder that is none.
+
+    Args: `beside`: option -> (its value, the value that says nothing) of those that say the rank otherwise.
+
+    Raises: ValueError.
+    """
+    counts = all(isinstance(r, int) and r >= 1 for r in ranks)
+    shares = all(isinstance(r, float) and 0 < r <= 1 for r in ranks)
+    increasing = all(low < high for low, high in itertools.pairwise(ranks))
+    require(len(ranks) > 0 and (counts or shares) and increasing, "ranks", ranks,
+             "increasing integers >= 1, or increasing fractions in (0.0, 1.0]",
+             "every rung is part of the next, and numbers and fractions have no order that holds for all layers")  # fmt: skip
+    for name, (value, absent) in beside.items():
+        require(value == absent, name, value, "none beside ranks",
+                 "the rungs are the ranks of every target; exclude_modules leaves single ones as they are")  # fmt: skip
+    check_sampling(sampling)
 
 
 def rung_values(options: Mapping[str, tuple[Any, bool]]) -> list[dict[str, Any]]:
@@ -69,31 +89,3 @@ def choose_rung(rungs: int, sampling: RungSampling, info: StepInfo) -> int:
     order = torch.randperm(min(rungs, 3), generator=draws)
     between = int(torch.randint(1, rungs - 1, (), generator=draws)) if rungs > 2 else 0
     return (0, rungs - 1, between)[int(order[place])]
-
-
-@dataclass(frozen=True)
-class RungMask:
-    """p of a core update at a rung of rank k: rows of A and columns of B from k on are held still, all else moves.
-
-    Args:
-        held: module path -> r, the rank of the factors there.
-        at: the update -> module path -> k.
-
-    >>> mask = RungMask({"q": 3}, lambda info: {"q": 1})(StepInfo(0, 1), {"q.A.weight": torch.zeros(3, 2)})
-    >>> mask["q.A.weight"].flatten().tolist()
-    [True, False, False]
-    """
-
-    held: Mapping[str, int]
-    at: Callable[[StepInfo], Mapping[str, int]]
-
-    def __call__(self, info: StepInfo, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        masks = {}
-        for path, rank in self.at(info).items():
-            if rank == self.held[path]:
-                continue
-            for name, shape in ((f"{path}.A.weight", (-1, 1)), (f"{path}.B.weight", (1, -1))):
-                if name in gradients:
-                    kept = torch.arange(self.held[path], device=gradients[name].device) < rank
-                    masks[name] = kept.reshape(shape)
-        return masks

@@ -8,58 +8,73 @@ and moves.
 import copy
 import hashlib
 import logging
+import math
 import re
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import cast_adapter_dtype
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..randomness import own_random_stream
-from ..types import StepInfo
-from .linear import MergedLinear, MergingCore, best_rank_r
+from .base import Core, Rung
+from .linear import MergedLinear, best_rank_r
 from .lora_config import LoraCoreConfig
+from .lora_layers import ADAPTER_NAME, Leading, check_targets, lora_layers, saved_modules, with_adapter
 from .modules import (
-    clone_structure,
     named_tensors,
     parameter_sites,
     parent_and_name,
-    tied_parameters,
     without_autocast,
 )
+from .rank_ladder import RankLadder
 
 logger = logging.getLogger(__name__)
-_NAME = "default"  # of the adapter, which PEFT leaves out of its files
-_CONVERTED = (nn.Linear, Conv1D)
 _ADAPTER = re.compile(r"(^|\.)(lora_[AB]|modules_to_save)\.")
 
 
-class LoraCore(MergingCore):
+class LoraCore(RankLadder):
     """A core that is a LoRA adapter; `model` is a model of the same class with PEFT's layers in it."""
 
     folder = "adapter"
     formats = ("adapter",)
+    factors = (f".lora_A.{ADAPTER_NAME}.weight", f".lora_B.{ADAPTER_NAME}.weight")
+
+    def __init__(self, model: PreTrainedModel, config: LoraCoreConfig):
+        super().__init__(model, config)
+        self.layers = lora_layers(model)
+        self.saved = saved_modules(model)
+        for layer in self.layers.values() if self.nested else ():
+            for dim, factor in enumerate((layer.lora_A, layer.lora_B)):
+                factor[ADAPTER_NAME] = Leading(factor[ADAPTER_NAME], dim)
 
     @property
-    def layers(self) -> dict[str, LoraLinear]:
-        """Module path -> PEFT's layer there."""
-        return {path: m for path, m in self.model.named_modules() if isinstance(m, LoraLinear)}
+    def ranks(self) -> dict[str, int]:
+        return {path: layer.r[ADAPTER_NAME] for path, layer in self.layers.items()}
 
-    @property
-    def saved(self) -> dict[str, ModulesToSaveWrapper]:
-        """Module path -> PEFT's wrapper of a module that the adapter carries whole."""
-        return {path: m for path, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    def sizes(self) -> dict[str, int]:
+        return {path: min(layer.in_features, layer.out_features) for path, layer in self.layers.items()}
+
+    def running(self) -> dict[str, int]:
+        return {path: layer.lora_A[ADAPTER_NAME].active_rank for path, layer in self.layers.items()}
+
+    def run_at(self, ranks: Mapping[str, int]) -> None:
+        for path, rank in ranks.items():
+            for factor in (self.layers[path].lora_A, self.layers[path].lora_B):
+                factor[ADAPTER_NAME].active_rank = rank
+
+    @contextmanager
+    def at_rung(self, rung: Rung | None) -> Iterator[None]:
+        # an adapter of one rank is made of PEFT's own layers, which know no other
+        with super().at_rung(rung) if self.nested else Core.at_rung(self, rung):
+            yield
 
     def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
         """B A becomes the best rank-r part of (W - W0) / s, the modules to save the full network's.
@@ -84,42 +99,65 @@ class LoraCore(MergingCore):
                 renewed += [A, B]
             for path, wrapper in self.saved.items() if self.full_is_plain else ():
                 theirs = named_tensors(full.get_submodule(path))
-                for name, mine in named_tensors(wrapper.modules_to_save[_NAME]).items():
+                for name, mine in named_tensors(wrapper.modules_to_save[ADAPTER_NAME]).items():
                     mine.copy_(theirs[name])
                     renewed += [mine] if isinstance(mine, nn.Parameter) else []
         return renewed
 
     def extract(self, core_format: str) -> PreTrainedModel:
         """The base model with the adapter in it; its `save_pretrained` writes the adapter alone."""
-        return without_autocast(copy.deepcopy(self.model))
+        extracted: Any = without_autocast(copy.deepcopy(self.model))
+        extracted.peft_config[ADAPTER_NAME] = self._peft_config()
+        for path in self.layers if self.nested else ():
+            layer = extracted.get_submodule(path)
+            layer.r[ADAPTER_NAME] = layer.lora_A[ADAPTER_NAME].active_rank
+            for factor in (layer.lora_A, layer.lora_B):
+                factor[ADAPTER_NAME] = factor[ADAPTER_NAME].cut()
+        return extracted
+
+    def _peft_config(self) -> LoraConfig:
+        """What PEFT has to know to make the adapter of the rank that is run now, at the same scale."""
+        network: Any = self.model
+        config: LoraConfig = copy.deepcopy(network.peft_config[ADAPTER_NAME])
+        if self.nested:
+            whole, config.r = config.r, max(self.running().values())
+            share = config.r / whole
+            factor = math.sqrt(share) if config.use_rslora else share
+            config.lora_alpha *= factor  # type: ignore[assignment]
+            config.alpha_pattern = {name: alpha * factor for name, alpha in (config.alpha_pattern or {}).items()}
+        return config
 
     def write(self, folder: str | Path, core_format: str, max_shard_size: int | str = "50GB") -> None:
         """What `PeftModel.from_pretrained(base, folder)` of PEFT loads; in one file, since PEFT reads no shards."""
         network: Any = self.model
-        state = get_peft_model_state_dict(network, adapter_name=_NAME)
-        path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({f"base_model.model.{n}": t.contiguous() for n, t in state.items()}, path, {"format": "pt"})
-        network.peft_config[_NAME].save_pretrained(folder)
+        state = get_peft_model_state_dict(network, adapter_name=ADAPTER_NAME)
+        for path, layer in self.layers.items() if self.nested else ():
+            state[f"{path}.lora_A.weight"] = layer.lora_A[ADAPTER_NAME].leading()
+            state[f"{path}.lora_B.weight"] = layer.lora_B[ADAPTER_NAME].leading()
+        file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({f"base_model.model.{n}": t.contiguous() for n, t in state.items()}, file, {"format": "pt"})
+        self._peft_config().save_pretrained(str(folder))
 
     def fingerprint(self) -> dict[str, Any]:
         """Cost: one pass over the base weights, on the CPU."""
         return {
             "coupling": self.config.coupling,
-            "ranks": {path: layer.r[_NAME] for path, layer in self.layers.items()},
-            "scaling": {path: layer.scaling[_NAME] for path, layer in self.layers.items()},
+            "ranks": self.ranks,
+            "scaling": {path: layer.scaling[ADAPTER_NAME] for path, layer in self.layers.items()},
             "modules to save": sorted(self.saved),
             "base weights": _digest(p for name, p in self.model.named_parameters() if not _ADAPTER.search(name)),
-        }
+        } | self.ladder_fingerprint()
 
     def loading_lines(self, class_name: str, where: str) -> list[str]:
-        base = self.model.peft_config[_NAME].base_model_name_or_path or "path/to/the/base/model"
-        return [
-            "from peft import PeftModel",
-            "",
-            f'base = {class_name}.from_pretrained("{base}")',
-            f'{self.name} = PeftModel.from_pretrained(base, "{where}", subfolder="{self.folder}")',
-        ]
+        base = self.model.peft_config[ADAPTER_NAME].base_model_name_or_path or "path/to/the/base/model"
+        lines = ["from peft import PeftModel", ""]
+        for name in ("", *(f"-{rung}" for rung in self.nested)):
+            lines += [
+                f'base = {class_name}.from_pretrained("{base}")',
+                f'{(self.name + name).replace("-", "_")} = PeftModel.from_pretrained(base, "{where}", subfolder="{self.folder}{name}")',
+            ]
+        return lines
 
     def counterparts(self, full: nn.Module) -> dict[str, torch.Tensor]:
         """A and B are in float32 at least, as PEFT trains them."""
@@ -131,7 +169,9 @@ class LoraCore(MergingCore):
                 theirs[f"{path}.{name}"] = of_adapter if _ADAPTER.search(name) else of_site
         for path in self.saved:
             for name, tensor in named_tensors(full.get_submodule(path)).items():
-                theirs[f"{path}.original_module.{name}"] = theirs[f"{path}.modules_to_save.{_NAME}.{name}"] = tensor
+                theirs[f"{path}.original_module.{name}"] = theirs[f"{path}.modules_to_save.{ADAPTER_NAME}.{name}"] = (
+                    tensor
+                )
         return theirs
 
     def tensors(self, full: nn.Module) -> dict[str, torch.Tensor]:
@@ -141,7 +181,9 @@ class LoraCore(MergingCore):
         }
 
     def weights(self) -> Iterable[torch.Tensor]:
-        return (p for name, p in self.model.named_parameters() if ".original_module." not in name)
+        factors = [m for m in self.model.modules() if isinstance(m, Leading)]
+        parts = {id(factor.weight): factor.leading() for factor in factors}
+        return (parts.get(id(p), p) for name, p in self.model.named_parameters() if ".original_module." not in name)
 
 
 def build_lora_core(model: PreTrainedModel, config: LoraCoreConfig) -> LoraCore:
@@ -152,8 +194,8 @@ def build_lora_core(model: PreTrainedModel, config: LoraCoreConfig) -> LoraCore:
                 f"got a model with running statistics in {path}; needs one without, because they would move in the core, "
                 "and an adapter cannot carry them; set another --core"
             )
-    core = LoraCore(_with_adapter(model, config), config)
-    _check_targets(model, core, config)
+    core = LoraCore(with_adapter(model, config), config)
+    check_targets(model, core.model, config)
     if model.base_model is not model and model.get_output_embeddings() is None and not core.saved:
         logger.warning(
             "the head of this %s is the base model's in the adapter: where it was newly made, set modules_to_save or "
@@ -189,7 +231,7 @@ def best_update(difference: torch.Tensor, start: torch.Tensor) -> tuple[torch.Te
 
 def _factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter, float]:
     """A, B and the scale s of PEFT's layer."""
-    return layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight, layer.scaling[_NAME]
+    return layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight, layer.scaling[ADAPTER_NAME]
 
 
 def _dense(layer: Any) -> torch.Tensor:
@@ -201,82 +243,19 @@ def _dense(layer: Any) -> torch.Tensor:
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _with_adapter(model: PreTrainedModel, config: LoraCoreConfig) -> PreTrainedModel:
-    """A copy of the model with a fresh adapter, drawn from a stream of its own."""
-    network: Any = clone_structure(model, shared=())
-    adapter = config.to_peft()
-    adapter.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
-    with (
-        own_random_stream(StepInfo(0, 0).random_seed("init", "lora"), model.device),
-        warnings.catch_warnings(),
-    ):
-        # PEFT says so wherever a model has layers of both kinds, and then does the right thing for each
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")
-        try:
-            # not add_adapter of Transformers, some releases of which ask for a PEFT that is yet to come
-            inject_adapter_in_model(adapter, network, _NAME)
-            network._hf_peft_config_loaded = True
-        except ValueError as error:
-            names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if type(m) in _CONVERTED})
-            raise ValueError(
-                f"got target_modules={config.target_modules!r} and modules_to_save={config.modules_to_save!r}, of which "
-                f"PEFT says: {error} Needs linear layers among {names}; set target_modules in --core_config"
-            ) from error
-    cast_adapter_dtype(network, _NAME)
-    adapter.base_model_name_or_path = network.name_or_path or None
-    adapter.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    adapter.inference_mode = True  # what a loaded adapter is, unless it is asked to train
-    return network
-
-
-def _check_targets(model: PreTrainedModel, core: LoraCore, config: LoraCoreConfig) -> None:
-    """Refuse what PEFT would adapt otherwise than by s B A of an own linear layer, or would leave out."""
-    tied = tied_parameters(model)
-    for path, layer in core.model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        target: Any = model.get_submodule(path)
-        if type(layer) is not LoraLinear or type(target) not in _CONVERTED:
-            raise ValueError(
-                f"got the target {path}, a {type(target).__name__}; needs nn.Linear or Conv1D, because the core is an "
-                "update of matrices; set target_modules to the names of such layers"
-            )
-        if id(target.weight) in tied:
-            raise ValueError(
-                f"got the target {path}, whose weight is tied to another module's; needs an untied one, because merging "
-                f"the adapter would move both; set exclude_modules=[{path.rpartition('.')[2]!r}]"
-            )
-    layers, modules = list(core.layers), [path for path, _ in model.named_modules()]
-    places = {
-        "target_modules": modules,
-        "rank_pattern": layers,
-        "alpha_pattern": layers,
-        "modules_to_save": core.saved,
-    }
-    for option, paths in places.items():
-        given = getattr(config, option)
-        for entry in given if isinstance(given, list | dict) else ():
-            pattern = entry if option.endswith("pattern") else re.escape(entry)
-            if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
-                raise ValueError(
-                    f"got the entry {entry!r} of {option}, which matches nothing that the adapter has; needs one that "
-                    f"does, because it would be ignored; set {option} in --core_config"
-                )
-
-
 def _share(model: PreTrainedModel, core: LoraCore) -> None:
     """Write the full network's W as s B A + R; A, B and the modules to save are the same objects in both networks."""
     for path, layer in core.layers.items():
         parent, name = parent_and_name(model, path)
         dense: Any = parent.get_submodule(name)
         A, B, scale = _factors(layer)
-        remainder = dense.weight.detach() - layer.get_delta_weight(_NAME).detach().to(dense.weight)
+        remainder = dense.weight.detach() - layer.get_delta_weight(ADAPTER_NAME).detach().to(dense.weight)
         merged = MergedLinear(nn.Parameter(remainder), A, B, dense.bias, isinstance(dense, Conv1D), scale)
         merged.train(dense.training)
         setattr(parent, name, merged)
     for path, wrapper in core.saved.items():
         theirs = model.get_submodule(path)
-        for module, inside, name, _ in list(parameter_sites(wrapper.modules_to_save[_NAME])):
+        for module, inside, name, _ in list(parameter_sites(wrapper.modules_to_save[ADAPTER_NAME])):
             module._parameters[name] = theirs.get_submodule(inside)._parameters[name]
 
 

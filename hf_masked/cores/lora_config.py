@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel
 
 from .base import Core, CoreConfig, require
+from .ladder import RungSampling, check_ranks
 
 # inits under which the adapter works on the untouched base; PEFT's others change the base weight or need data
 INITS = (True, False, "gaussian", "orthogonal")
@@ -33,6 +34,10 @@ class LoraCoreConfig(CoreConfig):
 
     Args:
         r: rank of B A, >= 1; as in PEFT it may exceed that of W.
+        ranks: in place of `r`: a ladder of nested ranks in one adapter, increasing. The largest is the core; every core update runs
+            at one of them, with the leading rows of A and columns of B alone, and each is evaluated (`eval_core_r4_loss`) and
+            exported as an adapter of its own (`adapter-r4/`). All have the scale s of the largest.
+        rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
         lora_alpha: alpha > 0 of the scale s = alpha / r.
         target_modules: which linear maps; a list of names (suffixes of module paths), a regular expression that has to
             match the whole path, "all-linear" (all but the output head), or None for PEFT's choice for the
@@ -58,7 +63,8 @@ class LoraCoreConfig(CoreConfig):
         one SVD per target at each split.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. Names and meanings are those of
-        `peft.LoraConfig`, which `add_core` takes as well; deviation: `target_modules` is "all-linear" unless set.
+        `peft.LoraConfig`, which `add_core` takes as well; deviation: `target_modules` is "all-linear" unless set. Nested ranks as
+        in Valipour et al., "DyLoRA", EACL 2023; deviation: all directions of a rung are trained in its updates.
 
     >>> LoraCoreConfig(r=4, lora_alpha=8).to_peft().target_modules
     'all-linear'
@@ -68,6 +74,8 @@ class LoraCoreConfig(CoreConfig):
 
     r: int = 8
     lora_alpha: int | float = 8
+    ranks: list[int] | None = None
+    rung_sampling: RungSampling = "sandwich"
     target_modules: str | list[str] | None = "all-linear"
     exclude_modules: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -93,6 +101,9 @@ class LoraCoreConfig(CoreConfig):
         for name, alpha in alphas:
             legal = isinstance(alpha, int | float) and not isinstance(alpha, bool) and alpha > 0
             require(legal, name, alpha, "a number > 0", "B A is multiplied by it")
+        if self.ranks is not None:
+            beside = {"r": (self.r, LoraCoreConfig.r), "rank_pattern": (self.rank_pattern, {})}
+            check_ranks(self.ranks, self.rung_sampling, beside)
         dropout = self.lora_dropout
         legal = isinstance(dropout, int | float) and not isinstance(dropout, bool) and 0 <= dropout < 1
         require(legal, "lora_dropout", dropout, "a number in [0, 1)", "it is a probability that leaves something")
@@ -102,8 +113,9 @@ class LoraCoreConfig(CoreConfig):
 
     def to_peft(self) -> LoraConfig:
         """The same as a `peft.LoraConfig`."""
-        own = {f.name for f in fields(CoreConfig)}
+        own = {f.name for f in fields(CoreConfig)} | {"ranks", "rung_sampling"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        values["r"] = self.ranks[-1] if self.ranks else self.r
         heads = _HEADS.get(self.task_type or "", [])
         values["modules_to_save"] = [*(self.modules_to_save or []), *heads] or None
         return LoraConfig(**values)

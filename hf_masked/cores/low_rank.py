@@ -1,20 +1,18 @@
 """The low-rank core: every target linear map W of the full network becomes B A of rank r."""
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..types import Mask, StepInfo
+from ..types import StepInfo
 from .activations import best_weighted, input_moments
-from .base import Rung
 from .config import LowRankCoreConfig
-from .ladder import RungMask, choose_rung
-from .linear import FactorizedLinear, MergedLinear, MergingCore, best_rank_r, put_dense, random_factors
+from .linear import FactorizedLinear, MergedLinear, best_rank_r, put_dense, random_factors
 from .modules import (
     clone_structure,
     copy_common_values,
@@ -29,12 +27,13 @@ from .modules import (
     tied_parameters,
     without_autocast,
 )
+from .rank_ladder import RankLadder
 from .targets import Site, find_sites
 
 CoreFormat = Literal["factorized", "dense"]
 
 
-class LowRankCore(MergingCore):
+class LowRankCore(RankLadder):
     """A core whose targets are B A of rank r.
 
     Args:
@@ -59,8 +58,6 @@ class LowRankCore(MergingCore):
         super().__init__(model, config, frozen)
         self.by_activation = config.init == "activation"
         self.sites, self.untied, self.calibrated = sites, untied, calibrated
-        self._rungs: list[Rung] = list(config.ranks or [])
-        self._rung_sampling = config.rung_sampling
 
     def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
         """Every target gets A, B from the truncated SVD of the full weight, or with init "activation" from that of its
@@ -109,7 +106,7 @@ class LowRankCore(MergingCore):
         for path in self.sites:
             linear_at(extracted, path).cut()
         if core_format == "factorized":
-            extracted.config.quantization_config = LowRankFormat(self._running())
+            extracted.config.quantization_config = LowRankFormat(self.running())
             return extracted
         for path, site in self.sites.items():
             factors = linear_at(extracted, path)
@@ -118,68 +115,17 @@ class LowRankCore(MergingCore):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Module path -> rank."""
         return {path: site.rank for path, site in self.sites.items()}
 
-    def _running(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
+        return {path: min(site.in_features, site.out_features) for path, site in self.sites.items()}
+
+    def running(self) -> dict[str, int]:
         return {path: linear_at(self.model, path).active_rank for path in self.sites}
 
-    # ---- a ladder of ranks ----
-
-    @property
-    def nested(self) -> dict[str, Rung]:
-        return {f"r{rank}": rank for rank in self._rungs[:-1]}
-
-    def rung(self, info: StepInfo) -> Rung | None:
-        if not self.nested:
-            return None
-        return self._rungs[choose_rung(len(self._rungs), self._rung_sampling, info)]
-
-    def ranks_at(self, rung: Rung | None) -> dict[str, int]:
-        """Module path -> rank of the part of that rank; a layer that holds less has what it holds.
-
-        Raises: ValueError for a rank below 1, or one that no layer holds.
-        """
-        if rung is None:
-            return self.ranks
-        rank = self.nested.get(rung, rung) if isinstance(rung, str) else rung
-        if isinstance(rank, str):
-            raise self._holds_no(rung)
-        share = isinstance(rank, float)
-        wanted = {
-            path: max(1, round(rank * min(site.in_features, site.out_features))) if share else int(rank)
-            for path, site in self.sites.items()
-        }
-        if not 0 < rank <= (1 if share else max(self.ranks.values())) or all(
-            wanted[p] > r for p, r in self.ranks.items()
-        ):
-            raise self._holds_no(rung)
-        return {path: min(wanted[path], held) for path, held in self.ranks.items()}
-
-    def _holds_no(self, rung: Rung) -> ValueError:
-        return ValueError(
-            f"got rung={rung!r} of a core of ranks up to {max(self.ranks.values())}; needs an integer >= 1 or a fraction in "
-            f"(0.0, 1.0] within that, or one of {list(self.nested)}, because a part has no more directions than the whole; "
-            "lower rung="
-        )
-
-    @contextmanager
-    def at_rung(self, rung: Rung | None) -> Iterator[None]:
-        before = self._running()
-        self._run_at(self.ranks_at(rung))
-        try:
-            yield
-        finally:
-            self._run_at(before)
-
-    def _run_at(self, ranks: Mapping[str, int]) -> None:
+    def run_at(self, ranks: Mapping[str, int]) -> None:
         for path, rank in ranks.items():
             linear_at(self.model, path).active_rank = rank
-
-    def update_mask(self) -> Mask | None:
-        if not self.nested:
-            return None
-        return RungMask(self.ranks, lambda info: self.ranks_at(self.rung(info)))
 
     def weights(self) -> Iterable[torch.Tensor]:
         factors = [linear_at(self.model, path) for path in self.sites]
@@ -188,9 +134,8 @@ class LowRankCore(MergingCore):
 
     def fingerprint(self) -> dict[str, Any]:
         values = self.config.to_dict()
-        ladder = {name: values[name] for name in ("ranks", "rung_sampling")} if self.nested else {}
         made = {"ranks": self.ranks, "coupling": values["coupling"], "private": values["private"]}
-        return made | ({"ladder": ladder} if ladder else {})
+        return made | self.ladder_fingerprint()
 
     def loading_lines(self, class_name: str, where: str) -> list[str]:
         comment = "import hf_masked  # the core's linear layers are factorised; this teaches Transformers to load them"

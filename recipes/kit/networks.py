@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ class NetworkReport:
 
 def network_folders(folder: str | Path) -> dict[str, Path]:
     """Name -> where it lies, of the full network and of every core of an export."""
-    cores = {"core" if name == LoraCore.folder else name: Path(folder, name) for name in exported_cores(folder)}
+    cores = {
+        re.sub(rf"^{LoraCore.folder}(?=-|$)", "core", name): Path(folder, name) for name in exported_cores(folder)
+    }
     return {"full": Path(folder), **cores}
 
 
