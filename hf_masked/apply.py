@@ -4,7 +4,7 @@ With `displacement.py` (x + dx), `masked_optimizer.py` (the optimizer's step) an
 only code that mutates for a slot.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -116,15 +116,18 @@ def add_error(parameters: Parameters, error: Mapping[str, torch.Tensor]) -> None
             gradient.add_(late.to(gradient.device))
 
 
-def left_out(parameters: Parameters, mask: MaskValues) -> dict[str, torch.Tensor]:
-    """The entries of the gradients that a mask leaves out, zero elsewhere."""
-    found = {}
+def left_out(parameters: Parameters, mask: MaskValues) -> Iterator[tuple[str, torch.Tensor]]:
+    """The entries of the gradients that a mask leaves out, zero elsewhere; one by one, so that each can replace an older one."""
     for name, parameter in parameters.items():
         kept, gradient = mask.get(name, True), parameter.grad
-        if gradient is not None:
-            dropped = ~kept if isinstance(kept, torch.Tensor) else torch.tensor(not kept, device=gradient.device)
-            found[name] = gradient * dropped
-    return found
+        if gradient is None:
+            continue
+        left = gradient.clone()
+        if isinstance(kept, torch.Tensor):
+            multiply(left, ~kept)
+        elif kept:
+            left.zero_()
+        yield name, left
 
 
 def mask_gradients(parameters: Parameters, mask: MaskValues) -> None:
