@@ -32,6 +32,7 @@ class UpdateStep:
         held: parameters that are not differentiated by until its gradients are there.
         trained: what phases of a network train, as first asked for in this step: before any is held.
         fresh_batches: how many of them were drawn.
+        made: whether its gradient was finite, the same on every process.
         measure, gaps, row: what the diagnostics measure in it, and what they log of it.
     """
 
@@ -42,6 +43,7 @@ class UpdateStep:
     held: list[nn.Parameter] = field(default_factory=list)
     trained: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
     fresh_batches: int = 0
+    made: bool = True
     measure: Measure | None = None
     gaps: dict[str, float] = field(default_factory=dict)
     row: dict[str, float] = field(default_factory=dict)

@@ -181,6 +181,7 @@ class SecondPassMixin(ForwardPassMixin):
         """Count the update, and take every gradient from one that is not made; a GradScaler counts for itself."""
         if self.accelerator.scaler is None:
             self._skipped.saw(finite, self._now().info.step)
+        self._now().made = finite
         if not finite:
             parameters = self._trained(phase)
             mask_gradients(parameters, dict.fromkeys(parameters, False))

@@ -263,10 +263,13 @@ class UpdateStepMixin(WatchedStepMixin):
                 stepper.scheduler.step()
 
     def _buffer(self, step: UpdateStep) -> None:
-        """Give the batch to the cores that learn from it in this step, or may in a later one; all hold the same copy of it."""
+        """Give the batch to the cores that learn from it in this step, or may in a later one; all hold the same copy of it.
+
+        None of an update that was not made: what the full network said then may not be finite either.
+        """
         riding = [run for run, _ in step.rides if self.args.distill_buffer]
         later = [run for run in self._cores if run.keeps_for_later(step.info.step)]
-        if not riding and not later:
+        if not step.made or not (riding or later):
             return
         kept = step.seen.to("cpu")
         for run in riding:
@@ -281,7 +284,7 @@ class UpdateStepMixin(WatchedStepMixin):
         self._use(self._core)
         for update, phase in enumerate(phases, start=1):
             info = replace(step.info, update=update, turn=self._core.turn(step.info.step) + update - 1)
-            batch = self._core.replay.draw(info) if update > 1 and self.args.distill_buffer else newest
+            batch = self._core.replay.draw(info) if update > 1 and self._core.replay.batches else newest
             self._step = UpdateStep(info, phase)
             try:
                 with own_random_stream(info.random_seed("core_update"), self.args.device):

@@ -16,7 +16,8 @@ TESTS = Path(__file__).resolve().parent
 def run_two(script: str, folder: Path) -> Path:
     """Run it on two processes, with the folder as its argument; returns the folder."""
     (folder / "train.py").write_text(script)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    paths = (TESTS.parent, TESTS, TESTS / "devices", TESTS / "faults")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = subprocess.run(
         [*command, str(folder / "train.py"), str(folder)], env=env, capture_output=True, text=True, timeout=600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,9 +14,9 @@ import pytest
 import torch
 from common import fit, rows, tiny
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_masked import merge_full
+from hf_masked import MaskedTrainer, merge_full
 
 pytest.importorskip("transformers.distributed", reason="this transformers shards nothing by itself")
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 # whose first pass sees a microbatch of all processes together, so that one process needs as large a one
 TWO_PASSES = ("sam", "asam", "extragradient")
+# what may meet a gradient that is not finite: two passes, and a rule that would remember it
+SPOILED = ("asam", "rand_k, kept")
 # what is asked for -> what the refusal says
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "shared": (LOW | {"core_config": {"rank": 4, "coupling": "shared"}}, "the core is whole on every process"),
@@ -73,7 +76,7 @@ import torch
 from accelerate import PartialState
 from common import arguments, fit, rows
 from hf_masked import MaskedTrainer
-from test_fsdp2 import REFUSED, RUNS, STEPS, export_run, sharded
+from test_fsdp2 import REFUSED, RUNS, SPOILED, STEPS, export_run, sharded, spoiled
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -95,6 +98,7 @@ for method in ("badam", None):
         trainer.train(resume_from_checkpoint=checkpoint)
     except ValueError as error:
         told["refused"][f"resumed {method}"] = f"{trainer.state.global_step}: {error}"
+told["spoiled"] = {name: spoiled(folder / "spoiled", load(), name) for name in SPOILED}
 if torch.distributed.get_rank() == 0:
     (folder / "told.json").write_text(json.dumps(told))
 PartialState().wait_for_everyone()
@@ -135,6 +139,36 @@ def export_run(folder: Path, model: Any, name: str, processes: int) -> None:
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
         if merged is not None:
             merged.save_pretrained(folder / "merged")
+
+
+class Spoiled(MaskedTrainer):
+    """Meets a loss that is NaN in one step, on the second process alone."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * torch.nan if (self.state.global_step, self.args.process_index) == (2, 1) else loss
+
+
+class Parts(TrainerCallback):
+    """What of the parameters lies on this process, before each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[torch.Tensor]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.seen.append([p.detach().to_local().clone() for p in model.parameters()])
+
+
+def spoiled(folder: Path, model: Any, name: str) -> dict[str, Any]:
+    """What the log says of skipped steps, and in which steps anything has moved here."""
+    parts, data = Parts(), {"train_dataset": rows(32)}
+    options = STEPS | RUNS[name] | {"trainer_options": data | {"callbacks": [parts]}}
+    trainer = fit(folder, model, Spoiled, ddp_backend="gloo", **options)
+    moved = [any(not torch.equal(x, y) for x, y in zip(*pair, strict=True)) for pair in itertools.pairwise(parts.seen)]
+    return {
+        "skipped": [row.get("skipped_steps") for row in trainer.state.log_history if "loss" in row],
+        "moved": moved,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +255,9 @@ def test_resuming_is_refused(method: str | None, folder: Path) -> None:
     """Before a step is made, of a checkpoint that another run can go on from as well."""
     told = json.loads((folder / "told.json").read_text())["refused"]
     assert told[f"resumed {method}"].startswith("0: got resume_from_checkpoint=")
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_loss_that_is_not_finite_on_one_process_skips_on_both(name: str, folder: Path) -> None:
+    told = json.loads((folder / "told.json").read_text())["spoiled"][name]
+    assert told == {"skipped": [None, None, 1, 1], "moved": [True, True, False]}
