@@ -44,6 +44,7 @@ runs = {
     "sam": {"method": "sam"},
     "drop_connect": {"method": "drop_connect", "method_config": {"keep": 0.7}},
     "badam": {"method": "badam", "method_config": {"every": 1}},
+    "lisa": {"method": "lisa", "method_config": {"every": 2, "blocks": 1}},
     "topk_ef": {"method": "topk_ef", "method_config": {"density": 0.1}},
 }
 for name, options in runs.items():
@@ -64,7 +65,7 @@ TESTS = Path(__file__).resolve().parent
 
 
 NAMES = [
-    "ride", "several", "activation", "ranks", "widths", "depths", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "topk_ef",
+    "ride", "several", "activation", "ranks", "widths", "depths", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "lisa", "topk_ef",
 ]  # fmt: skip
 
 
