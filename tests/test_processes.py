@@ -33,6 +33,7 @@ ride = {"name": "ride_along", "core_updates": 1.5, "start": 1}
 runs = {
     "ride": core | {"schedule": ride},
     "several": {"cores": {"small": {"rank": 4, "core_updates": 1.5, "start": 1}, "shallow": {"kind": "depth", "start": 2}}},
+    "turns": {"cores": {"small": {"ranks": [1, 2]}, "shallow": {"kind": "depth"}}, "schedule": {"name": "alternate", "core_steps": 2}},
     "activation": {"core": "low_rank", "core_config": {"rank": 4, "init": "activation"}, "schedule": {"name": "ride_along", "start": 2}},
     "ranks": {"core": "low_rank", "core_config": {"ranks": [1, 2, 4]}, "schedule": ride},
     "widths": {"core": "width", "core_config": {"neurons": [0.25, 0.5]}, "schedule": ride},
@@ -65,7 +66,7 @@ TESTS = Path(__file__).resolve().parent
 
 
 NAMES = [
-    "ride", "several", "activation", "ranks", "widths", "depths", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "lisa", "topk_ef",
+    "ride", "several", "turns", "activation", "ranks", "widths", "depths", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "lisa", "topk_ef",
 ]  # fmt: skip
 
 
