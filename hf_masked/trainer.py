@@ -1,7 +1,7 @@
 """`Trainer` with a core inside: a mixin over the hooks that Trainer means subclasses to override.
 
-Here: what is made before the first step. `update_step.py` makes the steps, `reporting.py` evaluates and logs both
-networks, `saving.py` saves, resumes and pushes them.
+Here: what is made before the first step. `update_step.py` makes the updates, `riding.py` those that follow,
+`reporting.py` evaluates and logs both networks, `saving.py` saves, resumes and pushes them.
 """
 
 from collections.abc import Iterator
@@ -43,14 +43,14 @@ from .perturbations.subnets import Subnets
 from .plan import Plan
 from .replay import ReplayBuffer
 from .reporting import JointReportingMixin
+from .riding import RidingMixin
 from .saving import JointSavingMixin
 from .schedules import FullOnly, Sum
 from .second_pass import SkippedSteps, refuse_phases
 from .types import Network, StepInfo
-from .update_step import UpdateStepMixin
 
 
-class MaskedTrainerMixin(UpdateStepMixin, DistributedMixin, JointReportingMixin, JointSavingMixin):
+class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, JointSavingMixin):
     """Joint training of a full network and its core, for any `Trainer`: `class Mine(MaskedTrainerMixin, SFTTrainer)`.
 
     Args:
