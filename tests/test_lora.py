@@ -90,6 +90,22 @@ def _bytes(*tensors: Any) -> int:
     return sum(storages.values())
 
 
+def test_adapters_of_one_model_stand_on_one_base() -> None:
+    """But where the model has moved in between."""
+    model = with_adapter("llama")
+    first = get_core(model).model
+    alone = _bytes(first.parameters())
+    add_core(model, LoraCoreConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), name="other")
+    other = get_core(model, "other").model
+    own = [p for p in other.parameters() if p.requires_grad]
+    assert _bytes(first.parameters(), other.parameters()) == alone + _bytes(own)
+    assert not {id(p) for p in own} & {id(p) for p in first.parameters()}
+    shake(model)
+    later = add_core(model, config("llama"), name="later")
+    both = {id(p) for network in (first, other) for p in network.parameters()}
+    assert not both & {id(p) for p in get_core(later, "later").model.parameters()}
+
+
 # --- split -------------------------------------------------------------------------------------------------------------
 
 

@@ -46,10 +46,11 @@ SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps":
 # name -> (cores of a run, arguments of training)
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two kinds": ({"small": SMALL, "shallow": SHALLOW}, {"distill_buffer": 2}),
-    "an adapter beside a ladder": (
+    "adapters beside a ladder": (
         {
             "tuned": {"kind": "lora", "r": 2, "start": 2, "core_updates": 2},
             "small": {"kind": "low_rank", "ranks": [1, 2, 4], "start": 3, "core_updates": 3},
+            "nested": {"kind": "lora", "ranks": [1, 4], "lora_alpha": 4, "target_modules": ["c_fc"], "start": 2},
         },
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
     ),

@@ -64,6 +64,7 @@ def attach_core(model: PreTrainedModel, core: Core, name: str = DEFAULT_NAME) ->
             f"got the core name {name!r}, whose export would lie in {folder}/ as another core's does; needs a folder of its own; "
             "set another name"
         )
+    core.beside(get_cores(model).values())
     core.name, core.folder = name, folder
     setattr(model, f"hf_masked_{name}", core)
 

@@ -182,6 +182,9 @@ class Core:
         """The tensors that the extracted core has as parameters, for counting."""
         return self.model.parameters()
 
+    def beside(self, others: Iterable["Core"]) -> None:
+        """Hold frozen tensors that another core of the model holds too, bit for bit, once for both."""
+
     def update_mask(self) -> Mask | None:
         """Which entries of the core network's parameters a core update may move; None for all of them."""
         return None

@@ -180,6 +180,14 @@ class LoraCore(RankLadder):
             name: t for name, t in super().tensors(full).items() if name.startswith("full.") or _ADAPTER.search(name)
         }
 
+    def beside(self, others: Iterable[Core]) -> None:
+        """W0 is one for all adapters of a model that stand on the same."""
+        held = {name: p for other in others if isinstance(other, LoraCore) for name, _, p in _base(other.model)}
+        for name, (module, last), mine in _base(self.model):
+            theirs = held.get(name)
+            if theirs is not None and theirs.dtype == mine.dtype and torch.equal(theirs, mine):
+                module._parameters[last] = theirs
+
     def weights(self) -> Iterable[torch.Tensor]:
         factors = [m for m in self.model.modules() if isinstance(m, Leading)]
         parts = {id(factor.weight): factor.leading() for factor in factors}
@@ -227,6 +235,14 @@ def best_update(difference: torch.Tensor, start: torch.Tensor) -> tuple[torch.Te
     A, B = start.to(difference).clone(), difference.new_zeros(len(difference), len(start))
     A[:found], B[:, :found] = best_A[:found], best_B[:, :found]
     return A, B
+
+
+def _base(network: PreTrainedModel) -> Iterator[tuple[str, tuple[nn.Module, str], nn.Parameter]]:
+    """(name in the base model, where the core network has it, the parameter) of all that is not the adapter's."""
+    for module, path, name, parameter in list(parameter_sites(network)):
+        full_name = f"{path}.{name}"
+        if not _ADAPTER.search(full_name):
+            yield re.sub(r"\.(base_layer|original_module)(?=\.)", "", full_name), (module, name), parameter
 
 
 def _factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter, float]:
