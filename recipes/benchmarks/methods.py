@@ -22,6 +22,7 @@ import torch
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_masked import MaskedTrainer, MaskedTrainingArguments, StepInfo
+from hf_masked.masked_optimizer import MaskedSteps, StepMask
 from hf_masked.meprop import MeProp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,6 +36,8 @@ from benchmarks.steps import WARM_UP, Contestant, Measurements, Round, train
 PLAIN = "plain"
 # so few that weights, gradients and moments are most of what is held
 MEMORY_TOKENS = 64
+# of the entries, that a masked step moves
+MASKED_SHARES = (0.01, 0.1, 0.3, 0.5, 0.75, 0.9)
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,27 @@ def meprop_ratio(rounds: int = 9) -> float:
     return statistics.median(ratios)
 
 
+def masked_step_ratios(setting: Setting, rounds: int = 5) -> dict[float, float]:
+    """Processor seconds of a foreach AdamW step that holds random entries still, over one that moves all, by the share kept."""
+    twins = [setting.new_model() for _ in range(2)]
+    for parameter in (p for model in twins for p in model.parameters()):
+        parameter.grad = torch.randn_like(parameter)
+    plain, masked = (torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True) for model in twins)
+    steps, parameters = MaskedSteps(masked), dict(twins[1].named_parameters())
+
+    def seconds(optimizer: torch.optim.Optimizer) -> float:
+        started = Taken.stamp()
+        optimizer.step()
+        return (Taken.stamp() - started).processor
+
+    found = {}
+    for share in MASKED_SHARES:
+        steps.obey(StepMask(parameters, {n: torch.rand(p.shape) < share for n, p in parameters.items()}))
+        ratios = [seconds(masked) / seconds(plain) for _ in range(rounds + 1)]
+        found[share] = statistics.median(ratios[1:])
+    return found
+
+
 def table(entered: list[Row], measured: Measurements, states: dict[str, float], peaks: dict[str, int | None]) -> str:
     """One line per method."""
     lines = []
@@ -212,7 +236,7 @@ def main() -> None:
     peak_bytes(None, args.setting())  # what libraries set up once is nobody's
     peaks = {PLAIN: peak_bytes(None, args.setting())}
     peaks |= {row.title: peak_bytes(row.options, args.setting()) for row in entered}
-    meprop = meprop_ratio()
+    meprop, masked = meprop_ratio(), masked_step_ratios(args.setting())
     measured = measure_times(args.setting(), entered, args)
     load = f"{before:.1f} and {os.getloadavg()[0]:.1f}"
     command = shlex.join(["python", "recipes/benchmarks/methods.py", *sys.argv[1:]])
@@ -223,13 +247,15 @@ def main() -> None:
         f"{args.tokens} tokens per batch; medians over {args.repeats} rounds in one process, of {args.clock} seconds. "
         f"Optimizer state: mean over update steps; peak memory: with {MEMORY_TOKENS} tokens per batch, model included. "
         f"Load average before and after: {load}.\n\n{table(entered, measured, states, peaks)}\n\n"
-        f"meprop, 5 % of 1,024 outputs: {meprop:.2f} of the dense backward of a linear layer (goal <= 0.50).\n"
+        f"meprop, 5 % of 1,024 outputs: {meprop:.2f} of the dense backward of a linear layer (goal <= 0.50).\n\n"
+        "The optimizer's step alone, of single entries, over a plain foreach AdamW step (goal <= 1.50), by the share that is "
+        f"trained: {', '.join(f'{ratio:.2f} at {share:.0%}' for share, ratio in masked.items())}.\n"
     )
     print("\n" + text)
     if args.output is not None:
         results = {
             "command": command, "versions": versions(), "hardware": hardware(), "settings": dataclasses.asdict(args),
-            "optimizer_state": states, "peak_bytes": peaks, "meprop_backward": meprop, "load_average": load,
+            "optimizer_state": states, "peak_bytes": peaks, "meprop_backward": meprop, "masked_step": masked, "load_average": load,
             "seconds": [{n: [dataclasses.asdict(t) for t in taken] for n, taken in one.items()} for one in measured.rounds],
         }  # fmt: skip
         Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
