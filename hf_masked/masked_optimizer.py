@@ -15,6 +15,17 @@ from .types import StatePolicy
 
 # what moves no entry that is zero in the parameter, its gradient and its state
 KEEP_ZERO = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+# what moves every entry by itself, whatever else the tensor holds
+ELEMENTWISE = (
+    *KEEP_ZERO,
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+)
 # the share of a tensor's entries up to which stepping them apart is cheaper than stepping the tensor and putting back
 FEW = 1 / 2
 
@@ -70,7 +81,8 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
     Args: `room`: kept from step to step.
 
     Cost: one search through each partly masked tensor, and a copy of those of its entries, and with "freeze" of their
-        state, that are fewer: the kept ones, which are then stepped apart, or the held ones, which are put back.
+        state, that are fewer: the kept ones, which are then stepped apart, or the held ones, which are put back; the held ones
+        in any case where an optimizer moves entries by what else is in their tensor (ELEMENTWISE lists those that do not).
 
     Raises: ValueError for "freeze" or "reset" of single entries whose state is not per entry (Adafactor's).
     """
@@ -95,7 +107,7 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
             here = own_part(kept.expand(parameter.shape))
             # a part cannot be a vector in its tensor's place
             whole = own_part(parameter) is parameter and parameter.is_contiguous()
-            apart = policy != "decay" and whole
+            apart = policy != "decay" and whole and type(optimizer) in ELEMENTWISE
             if apart and count_of(here) <= FEW * parameter.numel():
                 around.enter_context(_only(optimizer, parameter, here, policy, room))
             else:

@@ -17,6 +17,16 @@ from hf_masked import StepInfo
 from hf_masked.masked_optimizer import FEW, MaskedSteps, StepMask, place_state
 from hf_masked.methods import make_method
 
+
+class Normed(torch.optim.SGD):
+    """Momentum whose step is scaled by the norms of the whole tensor, as LARS and LAMB do."""
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad *= parameter.norm() / parameter.grad.norm()
+        super().step(closure)
+
+
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
@@ -74,6 +84,18 @@ def test_held_entries_keep_their_bits_and_the_others_move_as_without_a_mask(name
     assert all(same_bits(state[key], last[key])[~mask].all() for key in state)
     torch.testing.assert_close(held[mask], free[mask])
     assert not torch.isclose(free[~mask], end[~mask]).all(), "negative control: without a mask these move"
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("name", ["Normed", "Muon"])
+def test_what_moves_a_tensor_as_a_whole_sees_all_of_it(name: str, density: str) -> None:
+    """One masked step; later ones see what was held, which the step without a mask has moved."""
+    if name == "Muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("newer than this torch")
+    kind = Normed if name == "Normed" else torch.optim.Muon
+    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < DENSITIES[density]
+    held, free = (run(lambda p: kind(p, lr=0.1, momentum=0.9), m, "freeze", steps=2)[0] for m in (mask, None))
+    assert torch.equal(held[mask], free[mask]) and not torch.isclose(held, free)[~mask].all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
