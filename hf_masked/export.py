@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .cores import Core, get_core, get_cores
+from .cores.attached import refuse_inside_core_mode
 from .cores.base import Rung
 from .cores.modules import unwrap
 from .cores.sharded import gathered, is_sharded
@@ -31,7 +32,7 @@ _LISTED = re.compile(r"[a-z][a-z0-9_]*(-([rnhked][0-9.]+(e-[0-9]+)?)+)?")
 def extract_core(
     model: PreTrainedModel, core_format: str | None = None, rung: Rung | None = None, name: str | None = None
 ) -> PreTrainedModel:
-    """The core as a model of its own, independent of the full one.
+    """The core as a model of its own, independent of the full one, and in evaluation mode where that is.
 
     Args:
         model: a model with a core.
@@ -46,22 +47,24 @@ def extract_core(
     Cost: memory of the result.
     """
     core = get_core(model, name)
+    full: Any = unwrap(model)
     if core.active_thread is None:
-        core.sync(unwrap(model))
+        core.sync(full)
     with core.at_rung(rung):
         extracted: PreTrainedModel = core.extract(_checked_format(core, core_format))
-    return extracted
+    return extracted.train(full.training)
 
 
 def merge_full(model: PreTrainedModel) -> PreTrainedModel:
     """The full network as a plain model of the unchanged class, independent of the core, or of all its cores.
 
-    Raises: ValueError without a core.
+    Raises: ValueError without a core; RuntimeError inside `core_mode`.
 
     Cost: memory of the result. Of a sharded model, to be called on every process.
     """
     full: Any = unwrap(model)
     core: Core = get_core(full, next(iter(get_cores(full)), None))
+    refuse_inside_core_mode(full, "merge_full")
     return gathered(full) if is_sharded(full) else core.merge(full)
 
 
@@ -103,12 +106,13 @@ def export(
         model_card: text of README.md.
 
     Raises: NotADirectoryError or PermissionError for a folder that cannot be written; FileExistsError where a core would
-        be written over somebody else's model; ValueError as `extract_core`.
+        be written over somebody else's model; ValueError as `extract_core`; RuntimeError inside `core_mode`.
 
     Cost: disk space of the old export while the new one is written; memory of one core at a time, and with coupling
         "shared" of the merged model.
     """
     full: Any = unwrap(model)
+    refuse_inside_core_mode(full, "export")
     if is_sharded(full) and torch.distributed.get_rank() > 0:
         full.save_pretrained(out, is_main_process=False)  # which gathers for the first process, and writes nothing
         return

@@ -13,6 +13,7 @@ from .checkpoints import clear_aside, folder_aside, last_complete_checkpoint, pu
 from .checksums import NAME as CHECKSUMS
 from .checksums import check_checksums, write_checksums
 from .cores import get_cores
+from .cores.attached import refuse_inside_core_mode
 from .cores.base import DEFAULT_NAME
 from .cores.modules import unwrap
 from .cores.sharded import is_sharded, refuse_resuming
@@ -145,6 +146,7 @@ class JointSavingMixin(TrainingStateMixin):
     # ---- loading ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        refuse_inside_core_mode(self.model, "train")
         if resume_from_checkpoint is True:
             if self.args.should_save:
                 clear_aside(self.args.output_dir)

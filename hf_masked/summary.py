@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .cores import MergedLinear, get_core, get_cores
+from .cores.attached import refuse_inside_core_mode
 from .cores.base import DEFAULT_NAME
 from .cores.modules import numel, unwrap
 
@@ -72,8 +73,9 @@ class CoreSummary:
 def core_summary(model: PreTrainedModel) -> CoreSummary:
     """Parameters, bytes and operations per token of a model and of its core, or of all its cores.
 
-    Raises: ValueError without a core.
+    Raises: ValueError without a core; RuntimeError inside `core_mode`.
     """
+    refuse_inside_core_mode(model, "core_summary")
     names: list[str | None] = [*get_cores(model)] or [None]
     first, *others = (_summary(model, name) for name in names)
     return replace(first, others=tuple(others))

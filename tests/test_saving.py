@@ -19,7 +19,19 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, pipeline
 from transformers.utils import is_torch_greater_or_equal
 
-from hf_masked import add_core, core_mode, core_summary, export, extract_core, get_core, has_core, merge_full
+from hf_masked import (
+    DepthCoreConfig,
+    MaskedTrainer,
+    add_core,
+    core_mode,
+    core_summary,
+    export,
+    extract_core,
+    get_core,
+    has_core,
+    merge_full,
+    split,
+)
 from hf_masked.cores import FactorizedLinear, LowRankCoreConfig
 
 IDS = torch.stack([row["input_ids"] for row in rows(2)])
@@ -244,6 +256,43 @@ def test_core_mode_nests_and_survives_exceptions(coupling: str) -> None:
         raise KeyError
     assert torch.equal(logits(model), full)
     assert not torch.allclose(full, core, atol=1e-2)
+
+
+@pytest.mark.parametrize("config", [LowRankCoreConfig(rank=4), DepthCoreConfig(keep=[0])], ids=["low_rank", "depth"])
+def test_what_is_about_the_full_network_is_refused_inside_core_mode(config: Any, tmp_path: Path) -> None:
+    model = add_core(tiny(), config)
+    trainer = MaskedTrainer(model, arguments(tmp_path / "run"), train_dataset=rows())
+    export(model, tmp_path / "out")
+    kept = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    refused = {
+        "export": lambda: export(model, tmp_path / "out"),
+        "save_model": lambda: trainer.save_model(str(tmp_path / "out")),
+        "merge_full": lambda: merge_full(model),
+        "split": lambda: split(model),
+        "core_summary": lambda: core_summary(model),
+        "train": trainer.train,
+        "add_core": lambda: add_core(model, config, name="other"),
+    }
+    with core_mode(model):
+        for name, call in refused.items():
+            with pytest.raises(RuntimeError, match="export" if name == "save_model" else name) as error:
+                call()
+            assert "inside core_mode" in str(error.value) and "leave it first" in str(error.value)
+        assert torch.equal(logits(extract_core(model)), logits(model)), "the core itself can be taken out"
+    assert {file: file.read_bytes() for file in kept} == kept and trainer.state.global_step == 0
+    for call in refused.values():
+        call()
+
+
+@pytest.mark.parametrize("config", [LowRankCoreConfig(rank=4), DepthCoreConfig(keep=[0])], ids=["low_rank", "depth"])
+def test_an_extracted_core_is_in_the_models_mode(config: Any) -> None:
+    model = add_core(tiny(dropout=0.5), config).train()
+    assert all(module.training for module in extract_core(model).modules())
+    model.eval()
+    assert not any(module.training for module in extract_core(model).modules())
+    with core_mode(model):
+        model.train()
+        assert all(module.training for module in extract_core(model).modules())
 
 
 def test_core_mode_refuses_a_second_thread() -> None:

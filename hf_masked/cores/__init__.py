@@ -9,7 +9,16 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from .activations import input_moments, run_through
-from .attached import attach_core, check_name, core_mode, cores_apart, get_core, get_cores, has_core
+from .attached import (
+    attach_core,
+    check_name,
+    core_mode,
+    cores_apart,
+    get_core,
+    get_cores,
+    has_core,
+    refuse_inside_core_mode,
+)
 from .base import DEFAULT_NAME, Core, CoreConfig
 from .config import LowRankCoreConfig
 from .depth import DepthCore, DepthCoreConfig
@@ -83,7 +92,7 @@ def add_core(
 
     Raises: ValueError for a model that has a core of that name, is quantized or PEFT-wrapped, or that cannot have such a
         core, for another name, for several cores of which one is "shared", and for calibration that the core has no use
-        for. TypeError for another kind of config. The model is untouched then.
+        for. TypeError for another kind of config. RuntimeError inside `core_mode`. The model is untouched then.
 
     Cost: memory of the core's own parameters; what `config` says it takes to start them.
 
@@ -101,6 +110,7 @@ def add_core(
         config = LoraCoreConfig.from_peft(config)
     if not isinstance(config, CoreConfig):
         raise TypeError(f"got a config of type {type(config).__name__}; needs a CoreConfig, such as LowRankCoreConfig")
+    refuse_inside_core_mode(model, "add_core")
     _refuse_beside(get_cores(model), config, name)
     _refuse_unfit(model)
     whole = model
@@ -131,11 +141,13 @@ def split(
 
     Returns: the core's parameters that are new, so whose optimizer state is void.
 
-    Raises: ValueError for a model without a core, and with init "activation" for missing calibration, else for any.
+    Raises: ValueError for a model without a core, and with init "activation" for missing calibration, else for any;
+        RuntimeError inside `core_mode`.
 
     Cost: what the kind of core says; for low rank, one SVD per target.
     """
     core = get_core(model, name)
+    refuse_inside_core_mode(model, "split")
     if calibration is not None:
         observing = core.observe(model)
         if observing is None:

@@ -69,6 +69,18 @@ def attach_core(model: PreTrainedModel, core: Core, name: str = DEFAULT_NAME) ->
     setattr(model, f"hf_masked_{name}", core)
 
 
+def refuse_inside_core_mode(model: nn.Module, what: str) -> None:
+    """Refuse what is about the full network where `core_mode` has put the core in its place, on any thread.
+
+    Raises: RuntimeError.
+    """
+    if active := [core.name for core in get_cores(model).values() if core.active_thread is not None]:
+        raise RuntimeError(
+            f"got {what} inside core_mode; needs the full network, because the model is its core {active[0]!r} until core_mode is "
+            "left; leave it first"
+        )
+
+
 @contextmanager
 def cores_apart(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model has no core, so that a copy of it has none either."""
