@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
 from .top_k import top_k_and_rest
+
+Outputs = Literal["classes", "labels", "numbers"]
+"""What logits (..., n) say: one of n classes, yes or no to each of n labels, or n numbers of a regression."""
 
 
 @dataclass
@@ -51,17 +54,40 @@ class Teaching:
         return Teaching(moved["values"], moved["indices"], moved.get("rest"), moved["loss"])
 
 
-def divergence(student: torch.Tensor, teaching: Teaching, temperature: float) -> torch.Tensor:
+def kind_of_outputs(inputs: Mapping[str, Any], logits: torch.Tensor, problem_type: str | None) -> Outputs:
+    """What the logits of a model say, by the labels that its loss compares them with.
+
+    Args: the batch, `logits` (..., n) of the model on it, and what the config of the model calls its problem.
+
+    >>> kind_of_outputs({"labels": torch.ones(2, 4)}, torch.zeros(2, 4), "multi_label_classification")
+    'labels'
+    """
+    labels = inputs.get("labels")
+    if labels is not None and labels.shape == logits.shape:  # one label for each output
+        if problem_type == "regression":
+            return "numbers"
+        if problem_type == "multi_label_classification" or not labels.is_floating_point():
+            return "labels"
+    return "classes" if logits.shape[-1] > 1 else "numbers"
+
+
+def divergence(
+    student: torch.Tensor, teaching: Teaching, temperature: float, kind: Outputs = "classes"
+) -> torch.Tensor:
     """KL(teacher || student) per position, over the teacher's top-k classes and one class of all the others.
 
         T^2 * sum_c q_c (log q_c - log p_c),   q = softmax(teacher / T),  p = softmax(student / T)
 
-    Args:
-        student: logits (..., classes).
-        teaching: of the same leading shape, its values divided by T already.
-        temperature: T > 0.
+    Independent labels have a Bernoulli distribution each, with the sigmoid in place of the softmax, and the mean over labels is
+    taken, as their loss has it. Numbers have no distribution: (teacher - student)^2, the mean too.
 
-    Returns: (...), >= 0; exact for k = classes, else a lower bound of the full divergence (merging classes cannot
+    Args:
+        student: logits (..., n).
+        teaching: of the same leading shape, its values divided by T already; all n of them but for "classes".
+        temperature: T > 0.
+        kind: what the logits say.
+
+    Returns: (...), >= 0; of classes exact for k = n, else a lower bound of the full divergence (merging classes cannot
         raise it).
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
@@ -70,24 +96,27 @@ def divergence(student: torch.Tensor, teaching: Teaching, temperature: float) ->
     >>> divergence(logits, Teaching.from_logits(logits, 2, 1.0, torch.tensor(0.0)), 1.0).abs().item() < 1e-6
     True
     """
-    if teaching.values.shape[-1] > 1 or student.shape[-1] > 1:
-        scaled = student.float() / temperature
-        log_p = scaled.log_softmax(-1)
-        picked = log_p.gather(-1, teaching.indices.long())
-        if teaching.rest is None:
-            log_q = teaching.values.log_softmax(-1)
-            kl = (log_q.exp() * (log_q - picked)).sum(-1)
-        else:
-            total = torch.logaddexp(teaching.values.logsumexp(-1), teaching.rest)
-            log_q, log_q_rest = teaching.values - total[..., None], teaching.rest - total
-            # the student's share of the other classes, bounded away from log(0) where its top-k take everything
-            p_rest = (1 - picked.exp().sum(-1)).clamp(min=1e-6)
-            q_rest = log_q_rest.exp()
-            kl = (log_q.exp() * (log_q - picked)).sum(-1)
-            kl = kl + torch.where(q_rest > 0, q_rest * (log_q_rest - p_rest.log()), torch.zeros_like(q_rest))
-        return kl * temperature**2
-    # a single output is a regression: there is no distribution to compare
-    return F.mse_loss(student.float().squeeze(-1), temperature * teaching.values.squeeze(-1), reduction="none")
+    if kind == "numbers":
+        return F.mse_loss(student.float(), temperature * teaching.values, reduction="none").mean(-1)
+    scaled = student.float() / temperature
+    if kind == "labels":
+        sides = ((sign * teaching.values, sign * scaled) for sign in (1, -1))  # yes and no
+        yes, no = (q.sigmoid() * (F.logsigmoid(q) - F.logsigmoid(p)) for q, p in sides)
+        return (yes + no).mean(-1) * temperature**2
+    log_p = scaled.log_softmax(-1)
+    picked = log_p.gather(-1, teaching.indices.long())
+    if teaching.rest is None:
+        log_q = teaching.values.log_softmax(-1)
+        kl = (log_q.exp() * (log_q - picked)).sum(-1)
+    else:
+        total = torch.logaddexp(teaching.values.logsumexp(-1), teaching.rest)
+        log_q, log_q_rest = teaching.values - total[..., None], teaching.rest - total
+        # the student's share of the other classes, bounded away from log(0) where its top-k take everything
+        p_rest = (1 - picked.exp().sum(-1)).clamp(min=1e-6)
+        q_rest = log_q_rest.exp()
+        kl = (log_q.exp() * (log_q - picked)).sum(-1)
+        kl = kl + torch.where(q_rest > 0, q_rest * (log_q_rest - p_rest.log()), torch.zeros_like(q_rest))
+    return kl * temperature**2
 
 
 def trained_positions(inputs: Mapping[str, Any], logits: torch.Tensor, shifted: bool) -> torch.Tensor | None:
@@ -163,19 +192,21 @@ def distill(
     weight: torch.Tensor | float,
     shifted: bool,
     num_items: torch.Tensor | float | None,
+    kind: Outputs = "classes",
 ) -> torch.Tensor:
     """(1 - w) label loss + w divergence, the divergence averaged over the positions that the label loss looks at.
 
     Args:
         label_loss: of the core on this microbatch, a scalar.
-        logits: of the core, (..., classes).
+        logits: of the core, (..., n).
         inputs: the microbatch, for its labels.
         teaching: the full network's answer to it.
         temperature, weight: T and w.
         shifted: whether position i predicts label i + 1.
         num_items: what the label loss was divided by, where it was: the positions of all microbatches of the update.
+        kind: what the logits say.
     """
-    per_position = divergence(logits, teaching, temperature)
+    per_position = divergence(logits, teaching, temperature, kind)
     mask = trained_positions(inputs, logits, shifted)
     if mask is None:
         mean = per_position.mean()

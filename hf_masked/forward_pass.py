@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.integrations.neftune import activate_neftune
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .core_run import CoreRun
 from .cores.modules import unwrap
 from .diagnostics import Measure
-from .distillation import Teaching, distill
+from .distillation import Outputs, Teaching, distill, kind_of_outputs
 from .hooks import JointHooks
 from .randomness import own_random_stream
 from .replay import Batch, Microbatch
@@ -66,6 +65,8 @@ class ForwardPass:
 class ForwardPassMixin(JointHooks):
     """The half of an update step that computes losses, and hands the full network's logits to the core."""
 
+    _shifted: bool | None = None
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -107,8 +108,36 @@ class ForwardPassMixin(JointHooks):
             # on batches that neither network has seen: on known ones the losses say who knows them better by heart
             self._core.yielding.see(loss, teaching.loss)
         weight = self._core.yielding.weight(phase.distill_weight)
-        shifted = type(self.core_model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        return distill(loss, logits, batch, teaching, phase.distill_temperature, weight, shifted, items)
+        kind, shifted = self._kind_of(batch, logits), self._shifts(batch, logits)
+        return distill(loss, logits, batch, teaching, phase.distill_temperature, weight, shifted, items, kind)
+
+    def _kind_of(self, inputs: Any, logits: torch.Tensor) -> Outputs:
+        return kind_of_outputs(inputs, logits, getattr(unwrap(self.model).config, "problem_type", None))
+
+    def _shifts(self, inputs: dict[str, Any], logits: torch.Tensor) -> bool:
+        """Whether the label loss compares position i with label i + 1: then the first label makes no difference to it.
+
+        Asked of the loss itself, which no name or base of a class tells for all of them.
+
+        Cost: two forward passes of the core, once.
+        """
+        labels = inputs.get("labels")
+        if labels is None or "shift_labels" in inputs or labels.dim() < 2 or labels.shape != logits.shape[:-1]:
+            return False
+        if self._shifted is None:
+            given, ignored = labels[labels != -100], torch.full_like(labels, -100)
+            first = ignored.clone()
+            first[..., 0] = given[0] if len(given) else 0
+            network: Any = self.core_model
+            loss_of: Any = super().compute_loss
+            training, seed = network.training, self._now().info.random_seed("shifted")
+            network.eval()
+            with torch.no_grad(), own_random_stream(seed, self.args.device), self._host_metrics_apart():
+                one, none = (loss_of(network, inputs | {"labels": labels}) for labels in (first, ignored))
+            network.train(training)
+            # without a label at all it is not a number, or what else is added to it, such as that of a router
+            self._shifted = torch.allclose(one, none, rtol=1e-3, equal_nan=True)
+        return self._shifted
 
     def _check_first_batch(self, inputs: dict[str, Any], outputs: Any) -> None:
         """Refuse, in the first forward pass, what core updates could not use when their time comes."""
@@ -128,7 +157,9 @@ class ForwardPassMixin(JointHooks):
         temperature = self._core.phase.distill_temperature
         with torch.no_grad():
             logits = self._logits(self.model, inputs, outputs)
-        return Teaching.from_logits(logits, self.args.distill_top_k, temperature, loss)
+        one_of_many = self._kind_of(inputs, logits) == "classes"
+        kept = self.args.distill_top_k if one_of_many else logits.shape[-1]
+        return Teaching.from_logits(logits, kept, temperature, loss)
 
     def _loss_and_outputs(self, model: nn.Module, inputs: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """The host trainer's loss, and what the network put out on the way.

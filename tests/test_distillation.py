@@ -14,11 +14,23 @@ import torch
 from architectures import architecture
 from common import Watch, arguments, difference, fit, rows, tiny, values
 from safetensors.torch import load_file
+from torch.distributions import Bernoulli, kl_divergence
 from torch.nn import functional as F
-from transformers import Trainer
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2DoubleHeadsModel,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Trainer,
+)
 
 from hf_masked import LowRankCoreConfig, MaskedTrainer, StepInfo, add_core, get_core
-from hf_masked.distillation import Teaching, YieldingWeight, divergence, trained_positions
+from hf_masked.distillation import Outputs, Teaching, YieldingWeight, divergence, trained_positions
 from hf_masked.randomness import own_random_stream
 from hf_masked.replay import Batch, Microbatch, ReplayBuffer
 
@@ -78,6 +90,20 @@ def test_only_positions_with_a_label_are_compared() -> None:
     assert trained_positions(batch, out, shifted=False).tolist() == [[False, True, False, True]]
     assert trained_positions({"labels": torch.tensor([2])}, torch.zeros(1, CLASSES), shifted=False).tolist() == [True]
     assert trained_positions({"labels": torch.tensor([0.5])}, torch.zeros(1, 1), shifted=False) is None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_independent_labels_have_a_bernoulli_each(temperature: float) -> None:
+    student, teacher = logits(1), logits(0)
+    apart = [Bernoulli(logits=some / temperature) for some in (teacher, student)]
+    found = divergence(student, taught(CLASSES, temperature), temperature, "labels")
+    torch.testing.assert_close(found, kl_divergence(*apart).mean(-1) * temperature**2, rtol=1e-4, atol=1e-5)
+    all_of_them, none = torch.full((1, 4), 5.0), torch.full((1, 4), -5.0)
+    teaching = Teaching.from_logits(all_of_them, 4, temperature, torch.tensor(0.0))
+    assert divergence(none, teaching, temperature).item() == 0.0, "a softmax can tell them apart"
+    assert divergence(none, teaching, temperature, "labels").item() > 1.0
+    numbers = divergence(student, taught(CLASSES, temperature), temperature, "numbers")
+    torch.testing.assert_close(numbers, (student - teacher).square().mean(-1), rtol=1e-4, atol=1e-5)
 
 
 def test_weight_yields_as_the_core_nears_its_teacher() -> None:
@@ -153,6 +179,90 @@ def test_distillation_brings_the_core_nearer_to_the_full(tmp_path: Path) -> None
             float(divergence(student, Teaching.from_logits(teacher, 1000, 1.0, torch.tensor(0.0)), 1.0).mean())
         )
     assert divergences[1] < divergences[0]
+
+
+class Renamed(LlamaForCausalLM):
+    """A class that no table of Transformers has."""
+
+
+def llava() -> PreTrainedModel:
+    seen = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    parts = {"vision_config": seen | {"model_type": "clip_vision_model", "image_size": 4, "patch_size": 2}}
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=tiny().config.to_dict(), **parts))
+
+
+def bart_decoder() -> PreTrainedModel:
+    return BartForCausalLM(BartConfig(**architecture("bart").config, dropout=0.0))
+
+
+SHIFTS: dict[str, Any] = {
+    "llama": lambda: tiny(),
+    "renamed": lambda: Renamed(tiny().config),
+    "llava": llava,
+    "two heads": lambda: GPT2DoubleHeadsModel(tiny("gpt2").config),
+    "bart's decoder": bart_decoder,
+    "bert": lambda: tiny("bert-mlm"),
+    "t5": lambda: tiny("t5"),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_where_labels_belong_is_what_the_loss_says(name: str, tmp_path: Path) -> None:
+    """Whether position i is compared with label i + 1, beside the positions at which the loss has a gradient."""
+    model = SHIFTS[name]()
+    batch = {key: torch.stack([row[key] for row in rows(4)]) for key in ("input_ids", "labels")}
+    out = model.train()(**batch)
+    (gradient,) = torch.autograd.grad(out.loss, out.logits)
+    looked_at = [trained_positions(batch, out.logits, shifted) for shifted in (False, True)]
+    assert not torch.equal(*looked_at)
+    add_core(model, LowRankCoreConfig(rank=4, target_modules=r".*(q_proj|query|c_attn|SelfAttention\.q)"))
+    trainer = fit(tmp_path, model, schedule="alternate", max_steps=2)
+    assert torch.equal(looked_at[trainer._shifted], gradient.abs().sum(-1) > 0)
+    assert trainer._shifted is (name not in ("bart's decoder", "bert", "t5"))
+
+
+def test_a_class_of_another_name_trains_the_same_core(tmp_path: Path) -> None:
+    """Trainer counts the first labels, which are compared with nothing, as items of a class that it does not know."""
+    cores = []
+    data = [{"input_ids": r["input_ids"], "labels": r["labels"].index_fill(0, torch.tensor(0), -100)} for r in rows()]
+    options: dict[str, Any] = {"schedule": "alternate", "distill_weight": 1.0}
+    for kind in (LlamaForCausalLM, Renamed):
+        model = kind(tiny().config)
+        model.load_state_dict(tiny().state_dict())
+        add_core(model, LowRankCoreConfig(rank=4))
+        cores.append(values(fit(tmp_path, model, trainer_options={"train_dataset": data}, **options).core_model))
+    assert difference(*cores) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem", "count"),
+    [("labels", "multi_label_classification", 4), ("numbers", "regression", 3), ("numbers", "regression", 1)],
+)
+def test_heads_without_classes_are_compared_as_their_loss_does(
+    kind: Outputs, problem: str, count: int, tmp_path: Path
+) -> None:
+    """Nothing moves and no label counts, so the core's gradient is that of the divergence of the networks as they are made."""
+    sizes = architecture("bert-classification").config | {"num_labels": count, "problem_type": problem}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )
+    torch.nn.init.normal_(model.classifier.weight)
+    add_core(model, LowRankCoreConfig(rank=1))
+    ids = rows(1)[0]["input_ids"]
+    data = [{"input_ids": ids, "labels": torch.ones(count) if count > 1 else torch.tensor(1.0)}] * 8
+    options = {"learning_rate": 0.0, "schedule": "alternate", "distill_top_k": 2, "distill_weight": 1.0}
+    trainer = fit(
+        tmp_path, model, max_steps=2, trainer_options={"train_dataset": data, "eval_dataset": None}, **options
+    )
+    core = trainer.core_model.eval()
+    teacher, student = model.eval()(ids[None]).logits.detach(), core(ids[None]).logits
+    apart = [Bernoulli(logits=some) for some in (teacher, student)]
+    expected = kl_divergence(*apart).mean() if kind == "labels" else F.mse_loss(student, teacher)
+    gradients = torch.autograd.grad(expected, [p for p in core.parameters() if p.requires_grad])
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    (said,) = [row["grad_norm"] for row in trainer.state.log_history if "loss_core" in row]
+    assert said == pytest.approx(norm, rel=1e-3) and norm > 1e-3
 
 
 def test_outputs_without_logits_are_refused_before_training(tmp_path: Path) -> None:
