@@ -263,7 +263,8 @@ def run_noting(folder: Path, name: str, coupling: str, masked: bool = True, **ch
     trainer = Noting(model, made, train_dataset=rows())
     trainer.seen = []
     if not masked:
-        trainer.plan = replace(trainer.plan, core=replace(trainer.plan.core, update_mask=None))
+        (run,) = trainer._cores
+        run.plan = replace(run.plan, core=replace(run.plan.core, update_mask=None))
     trainer.train()
     trainer.seen.append(trainer.now())
     return trainer
