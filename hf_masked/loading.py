@@ -109,7 +109,7 @@ def _local_path(model: PreTrainedModel, path: str) -> str | None:
 def _replace(model: PreTrainedModel, path: str, rank: int) -> None:
     parent, name = parent_and_name(model, path)
     dense: Any = parent.get_submodule(name)
-    if type(dense) not in (nn.Linear, Conv1D):
+    if not isinstance(dense, nn.Linear | Conv1D):
         raise ValueError(
             f"got a core whose config names {path!r}, a {type(dense).__name__}; needs a linear layer there"
         )

@@ -7,6 +7,7 @@ from peft import PeftConfig
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .activations import input_moments, run_through
 from .attached import (
@@ -195,7 +196,10 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
     reasons = {
         "it is quantized": bool(getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None)),
         "it is the core of another model": any(
-            isinstance(m, FactorizedLinear | MergedLinear) or is_parametrized(m) for m in model.modules()
+            isinstance(m, FactorizedLinear | MergedLinear)
+            # other layers may be: the convolution of Wav2Vec2's positions is, by weight norm
+            or (isinstance(m, nn.Linear | Conv1D) and is_parametrized(m))
+            for m in model.modules()
         ),
         "it is wrapped by PEFT": hasattr(model, "peft_config")
         or bool(getattr(model, "_hf_peft_config_loaded", False)),

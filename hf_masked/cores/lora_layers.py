@@ -19,9 +19,9 @@ from ..randomness import own_random_stream
 from ..types import StepInfo
 from .lora_config import LoraCoreConfig
 from .modules import clone_structure, tied_parameters
+from .targets import linear_layers, refuse_read
 
 ADAPTER_NAME = "default"  # which PEFT leaves out of its files
-CONVERTED = (nn.Linear, Conv1D)
 
 
 def lora_layers(network: nn.Module) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def with_adapter(model: PreTrainedModel, config: LoraCoreConfig) -> PreTrainedMo
             inject_adapter_in_model(adapter, network, ADAPTER_NAME)
             network._hf_peft_config_loaded = True
         except ValueError as error:
-            names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if type(m) in CONVERTED})
+            names = sorted({path.rpartition(".")[2] for path in linear_layers(model)})
             raise ValueError(
                 f"got target_modules={config.target_modules!r} and modules_to_save={config.modules_to_save!r}, of which "
                 f"PEFT says: {error} Needs linear layers among {names}; set target_modules in --core_config"
@@ -95,13 +95,14 @@ def check_targets(model: PreTrainedModel, core: PreTrainedModel, config: LoraCor
 
     Raises: ValueError.
     """
-    tied = tied_parameters(model)
+    tied, linear = tied_parameters(model), linear_layers(model)
     layers, saved = lora_layers(core), saved_modules(core)
+    refuse_read(model, layers)
     for path, layer in core.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         target: Any = model.get_submodule(path)
-        if type(layer) is not LoraLinear or type(target) not in CONVERTED:
+        if type(layer) is not LoraLinear or path not in linear:
             raise ValueError(
                 f"got the target {path}, a {type(target).__name__}; needs nn.Linear or Conv1D, because the core is an "
                 "update of matrices; set target_modules to the names of such layers"

@@ -1,22 +1,27 @@
 """Which linear maps of a model a core replaces: PEFT's target semantics, and what is refused."""
 
+import functools
+import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import LowRankCoreConfig
+from .modules import parent_and_name, tied_parameters
 from .ranks import choose_ranks
 
-# exactly these: a subclass may use its weight in another way than its forward does
-_CONVERTED = (nn.Linear, Conv1D)
-# PEFT leaves these classifier heads alone too; their name is a convention of transformers, not a rule
-CLASSIFIER_HEADS = ("score", "classifier")
+# heads of models that have no base model inside; their names are a convention of transformers, not a rule
+CLASSIFIER_HEADS = ("score", "classifier", "qa_outputs")
+# a parent that multiplies by the weight itself, or hands it on; not one that asks for its dtype or fills it
+_READ = re.compile(r"self\.(\w+)\.weight(?= @|,\n|\.(?:unsqueeze|view|reshape|chunk|t|type)\()|@ self\.(\w+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ def find_sites(
     Raises: ValueError as `find_targets` and `choose_ranks`.
     """
     targets = find_targets(model, config)
+    refuse_read(model, targets)
     transposed = {path: isinstance(layer, Conv1D) for path, layer in targets.items()}
     weights = {p: layer.weight.detach().T if transposed[p] else layer.weight.detach() for p, layer in targets.items()}
     ranks = choose_ranks(config, weights, moments)
@@ -56,10 +62,11 @@ def find_targets(model: PreTrainedModel, config: Targets) -> dict[str, nn.Linear
     Raises: ValueError for a target that matches nothing or is no linear layer, and for mixture-of-experts weights that
         a core could not make smaller.
     """
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and type(m) in _CONVERTED}
+    linear = linear_layers(model)
     if config.target_modules == "all-linear":
-        heads = _output_heads(model)
-        wanted = [n for n in linear if n not in heads and not _excluded(n, config)]
+        heads, tied = _output_heads(model), tied_parameters(model)
+        free = (n for n, m in linear.items() if n not in heads and id(m.weight) not in tied)
+        wanted = [n for n in free if not _excluded(n, config)]
     else:
         wanted = [n for n, _ in model.named_modules() if _targeted(n, config)]
         if wrong := [n for n in wanted if n not in linear]:
@@ -74,6 +81,70 @@ def find_targets(model: PreTrainedModel, config: Targets) -> dict[str, nn.Linear
         raise ValueError(_no_match(f"target_modules={config.target_modules!r}", linear))
     _refuse_experts(model, config)
     return {name: linear[name] for name in wanted}
+
+
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """Module path -> the nn.Linear or Conv1D there; a subclass where it computes x W^T + b too, as Falcon's does.
+
+    Cost: a product of two rows for each subclass.
+    """
+    kinds: dict[type, bool] = {nn.Linear: True, Conv1D: True}
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            kind = type(module)
+            if kind not in kinds:
+                kinds[kind] = not _is_read(model, path) and _computes_linear(module)
+            if kinds[kind]:
+                found[path] = module
+    return found
+
+
+def _computes_linear(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Linear) or module.weight.dim() != 2:
+        return False
+    x = torch.linspace(-1, 1, 2 * module.weight.shape[1]).view(2, -1).to(module.weight)
+    try:
+        with torch.no_grad():
+            found = module(x)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False  # it takes something else
+    expected = F.linear(x, module.weight, module.bias)
+    return (
+        isinstance(found, torch.Tensor)
+        and found.shape == expected.shape
+        and torch.allclose(found, expected, 1e-2, 1e-2)
+    )
+
+
+@functools.cache
+def _read_by(kind: type) -> set[str]:
+    """Children whose weight the code of a module's class reads."""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # a class without a file
+        return set()
+    return {name for names in _READ.findall(source) for name in names if name}
+
+
+def _is_read(model: nn.Module, path: str) -> bool:
+    parent, name = parent_and_name(model, path)
+    kinds: tuple[Any, ...] = type(parent).__mro__
+    return any(name in _read_by(kind) for kind in kinds if issubclass(kind, nn.Module))
+
+
+def refuse_read(model: nn.Module, targets: Mapping[str, Any]) -> None:
+    """Refuse targets whose parent takes their weight instead of calling them, as Mamba's does: a factorised layer has none.
+
+    Raises: ValueError.
+    """
+    if read := [path for path in targets if _is_read(model, path)]:
+        parent, _ = parent_and_name(model, read[0])
+        names = sorted({path.rpartition(".")[2] for path in read})
+        raise ValueError(
+            f"got the target {read[0]}, whose weight {type(parent).__name__} reads itself instead of calling the layer; needs layers "
+            f"that are called, because the factors in its place have no such weight; set exclude_modules={names}"
+        )
 
 
 @dataclass
