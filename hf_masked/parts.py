@@ -24,15 +24,22 @@ def part_of(whole: torch.Tensor, like: Any) -> torch.Tensor:
     """
     if not hasattr(like, "to_local") or hasattr(whole, "to_local"):
         return whole
-    from torch.distributed.tensor import DTensor  # newer than the oldest torch that the rest runs with
-
     mesh, part = like.device_mesh, whole.expand(like.shape)
     for size, index, placement in zip(mesh.shape, mesh.get_coordinate(), like.placements, strict=True):
         if placement.is_shard():
             chunks = part.chunk(size, placement.dim)
             part = chunks[index] if index < len(chunks) else part.narrow(placement.dim, 0, 0)
+    return as_part(part.contiguous(), like)
+
+
+def as_part(part: torch.Tensor, like: Any) -> torch.Tensor:
+    """The tensor of which every process holds such a part, where it holds one of `like`; else the part itself."""
+    if not hasattr(like, "to_local"):
+        return part
+    from torch.distributed.tensor import DTensor  # newer than the oldest torch that the rest runs with
+
     made: torch.Tensor = DTensor.from_local(
-        part.contiguous(), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return made
 

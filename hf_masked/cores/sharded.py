@@ -97,7 +97,7 @@ def refuse_sharded(trainer: Any, what: str) -> None:
             bool(alone),
             "it ranks, scales or deals out what whole tensors hold, of which a process has a part; set apply_to core, or a "
             "method that does not: random_coordinates, rand_k, fixed, parameters, badam, lisa, freeze_out, sam, asam, "
-            "extragradient, gaussian, stale, drop_connect, dropout",
+            "extragradient, gaussian, stale, drop_connect, dropout, quantize or binary_connect per channel",
         ),
         "two passes and microbatches that are reduced together": (
             getattr(phase.perturbation, "needs_gradient", False)

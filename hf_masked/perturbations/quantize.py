@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..parts import as_part, own_part
 from ..types import StepInfo
 from .chosen import check_pattern, matrices
 
@@ -76,8 +77,13 @@ class Quantize:
             )
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
-        return {name: self._quantized(p) - p for name, p in matrices(parameters, self.pattern).items()}
+        return {name: as_part(self._delta(own_part(p)), p) for name, p in matrices(parameters, self.pattern).items()}
 
-    def _quantized(self, p: torch.Tensor) -> torch.Tensor:
-        rows = p.reshape(p.shape[0], -1) if self.per_channel else p.reshape(1, -1)
-        return QUANTIZERS[self.to](rows).view(p.shape)
+    @property
+    def on_parts(self) -> bool:
+        """Whether a part of a sharded matrix, which is some of its rows, is quantized as the whole is."""
+        return self.per_channel
+
+    def _delta(self, p: torch.Tensor) -> torch.Tensor:
+        rows = p.flatten(1) if self.per_channel else p.reshape(1, -1)
+        return QUANTIZERS[self.to](rows).view(p.shape) - p
