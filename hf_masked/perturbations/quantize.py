@@ -17,7 +17,8 @@ _TINY = torch.finfo(torch.float32).tiny
 def _integers(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
     def nearest(rows: torch.Tensor) -> torch.Tensor:
         top = 2 ** (bits - 1) - 1
-        scale = (rows.abs().amax(1).to(torch.promote_types(rows.dtype, torch.float32)) / top).clamp_min(_TINY)
+        most = torch.maximum(rows.amax(1), -rows.amin(1))  # of |rows|, which is not written out
+        scale = (most.to(torch.promote_types(rows.dtype, torch.float32)) / top).clamp_min(_TINY)
         if rows.dtype == torch.float64:  # whose scales torch takes in float32
             return (rows / scale[:, None]).round() * scale[:, None]
         zeros = torch.zeros_like(scale, dtype=torch.int32)
@@ -86,4 +87,4 @@ class Quantize:
 
     def _delta(self, p: torch.Tensor) -> torch.Tensor:
         rows = p.flatten(1) if self.per_channel else p.reshape(1, -1)
-        return QUANTIZERS[self.to](rows).view(p.shape) - p
+        return QUANTIZERS[self.to](rows).view(p.shape).sub_(p)
