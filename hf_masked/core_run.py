@@ -9,6 +9,7 @@ from .named_cores import turn_of
 from .optimization import Stepper
 from .plan import Plan, within_core
 from .replay import Batch, ReplayBuffer
+from .typed import without_common
 from .types import Phase, StepInfo
 
 
@@ -109,9 +110,10 @@ def refuse_other_cores(cores: dict[str, Core], args: Any) -> None:
     for name, config in asked.items():
         own = cores[name].config
         if type(own) is not type(config) or (not only_kind and own != config):
+            mine, theirs = without_common(*({"kind": c.kind, **c.to_dict()} for c in (own, config)))
             raise ValueError(
-                f"got a model with the core {own} and {flag} that asks for {config}; needs the same, because the model has its "
-                f"core already; drop {flag}, or pass the model without a core"
+                f"got a model with the core {name!r} of {mine} and {flag} that asks for {theirs}; needs the same, because the model "
+                f"has its core already; drop {flag}, or pass the model without a core"
             )
 
 

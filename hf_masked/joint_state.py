@@ -27,6 +27,7 @@ from .meters import LossMeter
 from .replay import REPLAY_NAME, load_buffers, save_buffers
 from .state_files import check_state, load_state, reading, save_state, stored_shapes, write_tensors
 from .training_state import load_optimizer
+from .typed import without_common
 
 FOLDER = "joint"
 _WEIGHTS = "weights.safetensors"
@@ -97,9 +98,12 @@ def check_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
     mine = {"kind": core.config.kind, **json.loads(json.dumps(core.fingerprint()))}
     for what in mine:
         if mine[what] != theirs.get(what):
+            found, needed = theirs.get(what), mine[what]
+            if isinstance(found, dict) and isinstance(needed, dict):
+                found, needed = without_common(found, needed)
             raise ValueError(
-                f"got the checkpoint {checkpoint} of a core with {what} {_short(theirs.get(what))}; needs "
-                f"{_short(mine[what])}, because what was trained fits no other; start from the model and --core_config that "
+                f"got the checkpoint {checkpoint} of a core with {what} {_short(found)}; needs "
+                f"{_short(needed)}, because what was trained fits no other; start from the model and --core_config that "
                 "it was made with, or name another checkpoint"
             )
     wanted = {name: tuple(tensor.shape) for name, tensor in core.tensors(full).items()}

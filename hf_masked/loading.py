@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .cores.linear import FactorizedLinear
+from .cores.linear import FactorizedLinear, refuse_resizing
 from .cores.modules import forget_ties, parent_and_name
 
 QUANT_METHOD = "hf_masked_low_rank"
@@ -89,6 +89,7 @@ class LowRankLoader(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
+        refuse_resizing(model)
 
 
 def _local_path(model: PreTrainedModel, path: str) -> str | None:

@@ -18,6 +18,7 @@ from .arguments import MaskedArgumentsMixin
 from .audit import Audit
 from .core_run import CoreRun, make_runs, refuse_other_cores
 from .cores import Core, add_core, get_core, get_cores, has_core
+from .cores.attached import refuse_changed
 from .cores.modules import unwrap
 from .diagnostics import Coverage
 from .diagnostics_report import DiagnosticsReport
@@ -124,6 +125,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
             )
         self._trains_slots = True
         cores = get_cores(self.model)
+        refuse_changed(unwrap(self.model))  # type: ignore[arg-type]
         self.plan, self._cores = make_runs(cores, plan, args)
         self._core = self._cores[0]
         refuse_unsupported(self, "a core")

@@ -22,7 +22,7 @@ def check_types(instance: Any, of: type, advice: Callable[[str], str]) -> None:
         value = getattr(instance, field.name)
         if not _fits(value, hints[field.name]):
             raise ValueError(
-                f"got {field.name}={value!r}; needs {_spelt(hints[field.name])}, because another type would be read as "
+                f"got {field.name}={value!r}; needs {_spelt(hints[field.name])}, because anything else would be read as "
                 f"something it does not mean; {advice(field.name)}"
             )
 
@@ -44,6 +44,10 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def _spelt(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType) and any(get_origin(one) is Literal for one in get_args(hint)):
+        return " or ".join("None" if one is types.NoneType else _spelt(one) for one in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 
@@ -75,3 +79,14 @@ def json_object(value: Any, flag: str, example: str) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise ValueError(f"got {flag}={value!r}; needs {rule}, because options have names; set --{flag}")
     return dict(options)
+
+
+def without_common(one: dict[str, Any], other: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two dicts without the entries that they have in common.
+
+    >>> without_common({"rank": 4, "init": "svd"}, {"rank": 2, "init": "svd"})
+    ({'rank': 4}, {'rank': 2})
+    """
+    same = {key for key in one.keys() & other.keys() if one[key] == other[key]}
+    mine, theirs = ({key: value for key, value in values.items() if key not in same} for values in (one, other))
+    return mine, theirs

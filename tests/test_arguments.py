@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from architecture_row import VOCAB
 from common import arguments, difference, fit, rows, tiny, values
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
@@ -244,6 +245,15 @@ BAD_MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "target of another kind": (tiny, {"target_modules": ["input_layernorm"]}, "RMSNorm.*Linear.*target_modules"),
     "nothing matched": (tiny, {"target_modules": "nothing.*"}, "matches no linear layer.*target_modules"),
     "everything excluded": (tiny, {"exclude_modules": ".*"}, "matches no linear layer.*target_modules"),
+    "a name as an expression": (
+        tiny,
+        {"target_modules": "q_proj"},
+        r"regular expression.*set target_modules to \['q_proj'\]",
+    ),
+    "all of them misspelt": (tiny, {"target_modules": "all_linear"}, "set target_modules to 'all-linear'"),
+    "nothing to exclude": (tiny, {"exclude_modules": ["o_proj", "q_prj"]}, "'q_prj' in exclude_modules.*no effect"),
+    "a block to exclude, not its layers": (tiny, {"exclude_modules": ["self_attn"]}, "'self_attn' in exclude_modules"),
+    "rank of nothing": (tiny, {"rank_pattern": {"q_proj": 2, "q_prj": 4}}, "'q_prj' in rank_pattern.*no effect"),
     "rank too large": (tiny, {"rank": 33}, "rank 33.*at most 32.*rank_pattern"),
     "core of a core": (lambda: tiny(core="free").hf_masked_core.model, {}, "core of another model"),
     "core twice": (lambda: tiny(core="free"), {}, "already has a core"),
@@ -261,6 +271,56 @@ def test_bad_models_are_refused_untouched(what: str) -> None:
     with pytest.raises(ValueError, match=f"(?s)got .*{message}"):
         add_core(model, LowRankCoreConfig(**{"rank": 4} | options))
     assert difference(values(model), before) is None and has_core(model) is had
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (
+            nn.Sequential(nn.Linear(4, 4)),
+            LowRankCoreConfig(rank=2),
+            "type Sequential; needs a PreTrainedModel.*because",
+        ),
+        ("gpt2", LowRankCoreConfig(rank=2), r"type str; needs a PreTrainedModel.*from_pretrained"),
+        (tiny(), {"rank": 4}, "config of type dict; needs a CoreConfig.*because.*from_dict"),
+    ],
+)
+def test_what_is_no_model_or_no_config_is_refused(model: Any, config: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"got a .*{message}"):
+        add_core(model, config)
+
+
+def test_a_word_that_is_none_of_the_choices_is_refused_in_plain_words() -> None:
+    for given, rule in {"coupling": "'free' or 'shared'", "private": "'none' or .* or 'all' or None"}.items():
+        with pytest.raises(ValueError, match=f"got {given}='Free'; needs {rule}, because"):
+            LowRankCoreConfig(**{given: "Free"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("coupling", ["free", "shared"])
+def test_a_model_that_was_changed_after_add_core_is_refused_at_construction(coupling: str, tmp_path: Path) -> None:
+    """Not where the core starts, three quarters into the run."""
+    args = arguments(tmp_path)
+    MaskedTrainer(tiny(core=coupling), args, train_dataset=rows())
+    model = tiny(core=coupling)
+    model.resize_token_embeddings(VOCAB + 5)
+    message = rf"embed_tokens.weight of shape \({VOCAB}, 32\).* is \({VOCAB + 5}, 32\) now; needs.*before add_core"
+    with pytest.raises(ValueError, match=message):
+        MaskedTrainer(model, args, train_dataset=rows())
+    model = tiny(core=coupling)
+    inject_adapter_in_model(LoraConfig(target_modules=["lm_head"]), model)
+    with pytest.raises(ValueError, match=r"when its core 'core' was made is gone now"):
+        MaskedTrainer(model, args, train_dataset=rows())
+
+
+def test_another_core_than_the_one_asked_for_is_told_by_what_differs(tmp_path: Path) -> None:
+    args = arguments(tmp_path, core="low_rank", core_config={"rank": 4})
+    with pytest.raises(
+        ValueError, match=r"core 'core' of \{'rank': 2\} and --core that asks for \{'rank': 4\}; needs"
+    ):
+        MaskedTrainer(tiny(core="free", rank=2), args, train_dataset=rows())
+    args = arguments(tmp_path, core="depth", core_config={"keep": 0.5})
+    with pytest.raises(ValueError, match=r"core 'core' of \{'kind': 'low_rank',.* asks for \{'kind': 'depth', 'keep'"):
+        MaskedTrainer(tiny(core="free"), args, train_dataset=rows())
 
 
 def test_a_core_that_is_there_is_not_added_twice_by_the_trainer(tmp_path: Path) -> None:

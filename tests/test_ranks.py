@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,11 @@ def test_checkpoints_agree_on_the_ranks(tmp_path: Path) -> None:
         assert all(torch.equal(p, q) for p, q in pairs)
     with pytest.raises(ValueError, match="of a core with ranks"):
         fit(tmp_path / "d", tiny(), resume=checkpoint, **by_energy)
+    *_, last = ranks = get_core(whole.model).ranks
+    other_ranks = saved | {"core_config": {"rank_pattern": ranks | {last: ranks[last] + 1}}}
+    message = f"with ranks {{'{last}': {ranks[last]}}}; needs {{'{last}': {ranks[last] + 1}}}, because"
+    with pytest.raises(ValueError, match=re.escape(message)):  # not the many that agree
+        fit(tmp_path / "e", tiny(), resume=checkpoint, **other_ranks)
 
 
 def test_random_weights_are_said_to_be(caplog: pytest.LogCaptureFixture) -> None:

@@ -205,12 +205,19 @@ def test_loaded_core_trains_with_plain_trainer_and_saves_again(trained: tuple[An
     assert difference(values(resumed.model), values(core)) is None
 
 
-def test_loaded_core_takes_an_adapter(trained: tuple[Any, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [("all-linear", 28), (["q_proj.A", "q_proj.B"], 4), (["v_proj.B"], 2), (r".*mlp\..*\.[AB]", 12)],
+    ids=str,
+)
+def test_loaded_core_takes_an_adapter_on_its_factors(
+    targets: Any, count: int, trained: tuple[Any, Path], tmp_path: Path
+) -> None:
     _, folder = trained
     core = load(folder)
     before = logits(core)
-    adapted = get_peft_model(core, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    assert sum("lora_A" in n for n, _ in adapted.named_parameters()) == 28  # A and B of 14 maps
+    adapted = get_peft_model(core, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    assert sum("lora_A" in n for n, _ in adapted.named_parameters()) == count
     adapted.train()(input_ids=IDS, labels=IDS).loss.backward()
     grown = {n for n, p in adapted.named_parameters() if p.grad is not None}
     assert grown and all("lora_" in name for name in grown)
@@ -219,6 +226,11 @@ def test_loaded_core_takes_an_adapter(trained: tuple[Any, Path], tmp_path: Path)
     adapted.save_pretrained(tmp_path)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(logits(merged), with_adapter, rtol=1e-3, atol=1e-3)
+
+
+def test_an_adapter_of_a_factorised_layer_as_a_whole_is_pefts_to_refuse(trained: tuple[Any, Path]) -> None:
+    with pytest.raises(ValueError, match=r"(?s)FactorizedLinear.*is not supported"):
+        get_peft_model(load(trained[1]), LoraConfig(target_modules=["q_proj"]))
 
 
 # --- in memory ---------------------------------------------------------------------------------------------------------

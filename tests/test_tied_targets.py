@@ -14,7 +14,7 @@ from architectures import ARCHITECTURES, architecture
 from common import RANK, difference, fit, moved, values
 from transformers import Trainer
 
-from hf_masked import LowRankCoreConfig, add_core, export, get_core, merge_full, split
+from hf_masked import LowRankCoreConfig, add_core, export, extract_core, get_core, merge_full, split
 from hf_masked.cores import MergedLinear
 from hf_masked.cores.modules import linear_at, tied_parameters
 
@@ -95,6 +95,19 @@ def test_full_and_core_reload(name: str, core_format: str, coupling: str, tmp_pa
     loaded.save_pretrained(tmp_path / "again")
     again = row.auto.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(row, again), logits(row, loaded))
+
+
+def test_a_factorised_head_says_that_it_is_not_resized(tmp_path: Path) -> None:
+    model = with_tied_target(architecture("gpt2"))
+    export(model, tmp_path)
+    for core in (architecture("gpt2").auto.from_pretrained(tmp_path, subfolder="core"), extract_core(model)):
+        before = values(core)
+        with pytest.raises(ValueError, match=r"whose head is factorised; needs a dense head.*core_format='dense'"):
+            core.resize_token_embeddings(7)
+        assert difference(values(core), before) is None
+    dense = extract_core(model, core_format="dense")
+    dense.resize_token_embeddings(7)
+    assert linear_at(dense, "lm_head").weight.shape[0] == 7
 
 
 def test_a_config_without_any_tie_says_so(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def add_core(
 
     Raises: ValueError for a model that has a core of that name, is quantized or PEFT-wrapped, or that cannot have such a
         core, for another name, for several cores of which one is "shared", and for calibration that the core has no use
-        for. TypeError for another kind of config. RuntimeError inside `core_mode`. The model is untouched then.
+        for. TypeError for another kind of config or model. RuntimeError inside `core_mode`. The model is untouched then.
 
     Cost: memory of the core's own parameters; what `config` says it takes to start them.
 
@@ -110,7 +110,15 @@ def add_core(
     if isinstance(config, PeftConfig):
         config = LoraCoreConfig.from_peft(config)
     if not isinstance(config, CoreConfig):
-        raise TypeError(f"got a config of type {type(config).__name__}; needs a CoreConfig, such as LowRankCoreConfig")
+        raise TypeError(
+            f"got a config of type {type(config).__name__}; needs a CoreConfig such as LowRankCoreConfig(rank=0.125), or a "
+            "peft.LoraConfig, because its class says which kind of core is made; call LowRankCoreConfig.from_dict for a dict"
+        )
+    if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+        raise TypeError(
+            f"got a model of type {type(model).__name__}; needs a PreTrainedModel of Transformers, because the core is one of the "
+            "same class; load it with AutoModelForCausalLM.from_pretrained, or another class"
+        )
     refuse_inside_core_mode(model, "add_core")
     _refuse_beside(get_cores(model), config, name)
     _refuse_unfit(model)

@@ -66,6 +66,7 @@ def attach_core(model: PreTrainedModel, core: Core, name: str = DEFAULT_NAME) ->
         )
     core.beside(get_cores(model).values())
     core.name, core.folder = name, folder
+    core.made_for = _shapes(model)
     setattr(model, f"hf_masked_{name}", core)
 
 
@@ -79,6 +80,26 @@ def refuse_inside_core_mode(model: nn.Module, what: str) -> None:
             f"got {what} inside core_mode; needs the full network, because the model is its core {active[0]!r} until core_mode is "
             "left; leave it first"
         )
+
+
+def refuse_changed(model: PreTrainedModel) -> None:
+    """Refuse a model whose parameters are no longer those that its cores were made for.
+
+    Raises: ValueError.
+    """
+    now = _shapes(model)
+    for name, core in get_cores(model).items():
+        for path, shape in core.made_for.items():
+            if now.get(path) != shape:
+                raise ValueError(
+                    f"got a model whose {path} of shape {shape} when its core {name!r} was made is {now.get(path, 'gone')} now; needs the "
+                    "same, because the core has one that fits and starts from the model again in training; resize or wrap the "
+                    "model before add_core"
+                )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(parameter.shape) for path, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 @contextmanager

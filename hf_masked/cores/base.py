@@ -116,6 +116,7 @@ class Core:
     ):
         self.model, self.config, self.frozen = model, config, list(frozen)
         self.active_thread: int | None = None
+        self.made_for: dict[str, tuple[int, ...]] = {}  # the shapes of the full network's parameters
         self.moments: dict[str, torch.Tensor] = {}
 
     # ---- what each kind says ----

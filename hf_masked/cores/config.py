@@ -109,7 +109,7 @@ class LowRankCoreConfig(CoreConfig):
     def rank_rule(self, path: str) -> int | float | str | None:
         """What says the rank of one target: its entry of `rank_pattern`, `rank`, or (None) the budget."""
         for pattern, value in self.rank_pattern.items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
+            if in_pattern(pattern, path):
                 return value
         if self.ranks is not None:
             return self.ranks[-1]
@@ -135,6 +135,11 @@ class LowRankCoreConfig(CoreConfig):
         from .low_rank import build_low_rank_core  # low_rank.py types what it builds by this class
 
         return build_low_rank_core(model, self, moments or {})
+
+
+def in_pattern(pattern: str, path: str) -> bool:
+    """Whether a key of `rank_pattern` is about a module path, as PEFT reads it."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def _is_rule(rank: str) -> bool:

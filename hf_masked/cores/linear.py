@@ -81,6 +81,19 @@ class FactorizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+def refuse_resizing(model: PreTrainedModel) -> None:
+    """Let a model whose head is factorised say so when its vocabulary is to be resized."""
+    if isinstance(model.get_output_embeddings(), FactorizedLinear):
+        setattr(model, "resize_token_embeddings", _resize)  # noqa: B010 (a method of the class)
+
+
+def _resize(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "got resize_token_embeddings of a core whose head is factorised; needs a dense head, because Transformers resizes no other; "
+        "resize the full model before add_core, or export the core with core_format='dense'"
+    )
+
+
 class _MergedProduct(torch.autograd.Function):
     """x W^T with W = s B A + R, which is made again in the backward pass instead of being kept for every layer."""
 

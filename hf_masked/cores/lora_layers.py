@@ -19,7 +19,7 @@ from ..randomness import own_random_stream
 from ..types import StepInfo
 from .lora_config import LoraCoreConfig
 from .modules import clone_structure, tied_parameters
-from .targets import linear_layers, refuse_read
+from .targets import linear_layers, refuse_idle_exclusions, refuse_read
 
 ADAPTER_NAME = "default"  # which PEFT leaves out of its files
 
@@ -81,7 +81,8 @@ def with_adapter(model: PreTrainedModel, config: LoraCoreConfig) -> PreTrainedMo
             names = sorted({path.rpartition(".")[2] for path in linear_layers(model)})
             raise ValueError(
                 f"got target_modules={config.target_modules!r} and modules_to_save={config.modules_to_save!r}, of which "
-                f"PEFT says: {error} Needs linear layers among {names}; set target_modules in --core_config"
+                f"PEFT says: {error} Needs a list of linear layers among {names}, or a regular expression of whole paths; set "
+                "target_modules in --core_config"
             ) from error
     cast_adapter_dtype(network, ADAPTER_NAME)
     adapter.base_model_name_or_path = network.name_or_path or None
@@ -98,6 +99,7 @@ def check_targets(model: PreTrainedModel, core: PreTrainedModel, config: LoraCor
     tied, linear = tied_parameters(model), linear_layers(model)
     layers, saved = lora_layers(core), saved_modules(core)
     refuse_read(model, layers)
+    refuse_idle_exclusions(model, config.exclude_modules)
     for path, layer in core.named_modules():
         if not isinstance(layer, LoraLayer):
             continue

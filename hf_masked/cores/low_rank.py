@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..types import StepInfo
 from .activations import best_weighted, input_moments
 from .config import LowRankCoreConfig
-from .linear import FactorizedLinear, MergedLinear, best_rank_r, put_dense, random_factors
+from .linear import FactorizedLinear, MergedLinear, best_rank_r, put_dense, random_factors, refuse_resizing
 from .modules import (
     clone_structure,
     copy_common_values,
@@ -107,6 +107,7 @@ class LowRankCore(RankLadder):
             linear_at(extracted, path).cut()
         if core_format == "factorized":
             extracted.config.quantization_config = LowRankFormat(self.running())
+            refuse_resizing(extracted)
             return extracted
         for path, site in self.sites.items():
             factors = linear_at(extracted, path)

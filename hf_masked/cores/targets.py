@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import LowRankCoreConfig
+from .config import LowRankCoreConfig, in_pattern
 from .modules import parent_and_name, tied_parameters
 from .ranks import choose_ranks
 
@@ -52,6 +52,12 @@ def find_sites(
     refuse_read(model, targets)
     transposed = {path: isinstance(layer, Conv1D) for path, layer in targets.items()}
     weights = {p: layer.weight.detach().T if transposed[p] else layer.weight.detach() for p, layer in targets.items()}
+    for pattern in config.rank_pattern:
+        if not any(in_pattern(pattern, path) for path in targets):
+            raise ValueError(
+                f"got {pattern!r} in rank_pattern, which matches none of the core's targets; needs the end or a regular expression "
+                f"of a path such as {next(iter(targets))!r}, because it would have no effect; set it in --core_config"
+            )
     ranks = choose_ranks(config, weights, moments)
     return {p: Site(W.shape[1], W.shape[0], ranks[p], transposed[p]) for p, W in weights.items()}
 
@@ -76,9 +82,10 @@ def find_targets(model: PreTrainedModel, config: Targets) -> dict[str, nn.Linear
             )
         for name in config.target_modules if isinstance(config.target_modules, list) else []:
             if not any(n == name or n.endswith(f".{name}") for n in wanted):
-                raise ValueError(_no_match(f"target_modules entry {name!r}", linear))
+                raise _no_match("target_modules", name, linear)
+    refuse_idle_exclusions(model, config.exclude_modules)
     if not wanted:
-        raise ValueError(_no_match(f"target_modules={config.target_modules!r}", linear))
+        raise _no_match("target_modules", config.target_modules, linear)
     _refuse_experts(model, config)
     return {name: linear[name] for name in wanted}
 
@@ -167,9 +174,29 @@ def _excluded(path: str, config: Targets) -> bool:
     )
 
 
-def _no_match(what: str, linear: Mapping[str, nn.Module]) -> str:
+def refuse_idle_exclusions(model: nn.Module, excluded: str | list[str] | None) -> None:
+    """Refuse an entry of `exclude_modules` that is about no layer.
+
+    Raises: ValueError.
+    """
+    layers = [path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    for entry in [excluded] if isinstance(excluded, str) else excluded or []:
+        query = _PeftQuery(entry if isinstance(excluded, str) else [entry], None)
+        if not any(check_target_module_exists(query, path) for path in layers):
+            raise _no_match("exclude_modules", entry, linear_layers(model))
+
+
+def _no_match(option: str, given: str | list[str], linear: Mapping[str, nn.Module]) -> ValueError:
     known = sorted({name.rpartition(".")[2] for name in linear})
-    return f"got {what}, which matches no linear layer; needs names among {known}; set target_modules in --core_config"
+    advice = f"set {option} in --core_config"
+    if isinstance(given, str) and given != "all-linear" and given.lower().replace("_", "-") == "all-linear":
+        advice = f"set {option} to 'all-linear'"
+    elif given in known:
+        advice = f"set {option} to [{given!r}]: a list has names, a text is a regular expression of the whole path"
+    return ValueError(
+        f"got {given!r} in {option}, which matches no linear layer; needs names among {known}, or a regular expression of whole "
+        f"paths, because it would have no effect; {advice}"
+    )
 
 
 def _output_heads(model: PreTrainedModel) -> set[str]:
