@@ -183,8 +183,6 @@ class MaskedArgumentsMixin:
             value = getattr(self, name)
             if value not in legal and not (value is None and name in ("core", "moments")):
                 raise ValueError(f"got {name}={value!r}; needs one of {legal}; set --{name}")
-        if self.core == "none":
-            self.core = None
         for name, least in (("distill_buffer", 0), ("distill_top_k", 1), ("diagnostics_steps", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -208,9 +206,14 @@ class MaskedArgumentsMixin:
 
     def _check_cores(self) -> None:
         if self.cores is None:
+            if self.core is None and self.core_config is not None:
+                raise ValueError(
+                    f"got core_config={self.core_config!r} without core; needs it, because a kind of core says which options there are; "
+                    f"set --core, one of {', '.join(CORE_KINDS)}"
+                )
             return
         for name, given in (("core", self.core), ("core_config", self.core_config)):
-            if given is not None:
+            if given is not None and given != "none":
                 raise ValueError(
                     f"got {name}={given!r} beside cores; needs one of them, because cores names every core; drop --{name}, or "
                     "--cores"
@@ -281,7 +284,7 @@ class MaskedArgumentsMixin:
 
     def make_core_config(self) -> CoreConfig:
         """The core's configuration that the fields describe."""
-        kind = CORE_KINDS[self.core or LowRankCoreConfig.kind]
+        kind = CORE_KINDS[LowRankCoreConfig.kind if self.core in (None, "none") else self.core]
         given = json_object(self.core_config, "core_config", '{"rank": 0.125}')
         config = kind.from_dict(given)
         if self.preset == "paper":

@@ -9,7 +9,6 @@ from .named_cores import turn_of
 from .optimization import Stepper
 from .plan import Plan, within_core
 from .replay import Batch, ReplayBuffer
-from .typed import without_common
 from .types import Phase, StepInfo
 
 
@@ -92,29 +91,6 @@ def make_runs(cores: dict[str, Core], plan: Plan | None, args: Any) -> tuple[Pla
         scale = said.get("core_learning_rate_scale", args.core_learning_rate_scale)
         runs.append(CoreRun(name=name, plan=within_core(own, core.update_mask()), learning_rate_scale=scale))
     return replace(common, core=runs[0].phase), runs
-
-
-def refuse_other_cores(cores: dict[str, Core], args: Any) -> None:
-    """Refuse a model whose cores are not those that --core or --cores asks for, which would be ignored.
-
-    Raises: ValueError.
-    """
-    asked = args.make_core_configs()
-    flag = "--core" if args.cores is None else "--cores"
-    if set(asked) != set(cores):
-        raise ValueError(
-            f"got a model with the cores {list(cores)} and {flag} of {list(asked)}; needs the same names, because the others would "
-            f"be left out; set {flag}, or drop it"
-        )
-    only_kind = args.cores is None and args.core_config is None and args.preset != "paper"
-    for name, config in asked.items():
-        own = cores[name].config
-        if type(own) is not type(config) or (not only_kind and own != config):
-            mine, theirs = without_common(*({"kind": c.kind, **c.to_dict()} for c in (own, config)))
-            raise ValueError(
-                f"got a model with the core {name!r} of {mine} and {flag} that asks for {theirs}; needs the same, because the model "
-                f"has its core already; drop {flag}, or pass the model without a core"
-            )
 
 
 def _refuse_several(plan: Plan, given: bool, args: Any) -> None:

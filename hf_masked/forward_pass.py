@@ -83,12 +83,12 @@ class ForwardPassMixin(JointHooks):
         loss, outputs = self._loss_and_outputs(model, inputs, **kwargs)
         if not self._checked:
             self._check_first_batch(batch, outputs)
+        under_way.label_loss = loss.detach()
         if under_way.network == "full":
             if under_way.keep:
                 teaching = self._teaching(batch, outputs, loss) if under_way.keep_teaching else None
                 self._keep(batch, teaching, num_items_in_batch)
         else:
-            under_way.label_loss = loss.detach()
             if under_way.teaching is not None:
                 loss = self._taught(under_way, loss, batch, outputs, num_items_in_batch)
             loss = under_way.phase.loss_weight * loss

@@ -87,13 +87,25 @@ def updates_of(plan: Plan, network: Network, max_steps: int, seed: int, curve: s
 
 
 def split_steps(config: Any, schedule: Schedule, max_steps: int, seed: int) -> set[int]:
-    """The update steps before which the core is split anew from the full network."""
+    """The update steps before which the core is split anew from the full network.
+
+    Raises: ValueError where the run ends before one that `config` names.
+    """
     if config.split_at is None and config.split_every is None:
         said = getattr(schedule, "split_step", None)
         step = said(max_steps) if said is not None else Plan(schedule).first_ride(max_steps, seed)
         return set() if step is None else {step}
     given = config.split_at if isinstance(config.split_at, list) else [config.split_at]
     steps = {resolve_step(at, max_steps) for at in given if at is not None}
+    for name, value, first in (
+        ("split_at", config.split_at, max(steps, default=0)),
+        ("split_every", config.split_every, config.split_every or 0),
+    ):
+        if first >= max_steps:
+            raise ValueError(
+                f"got {name}={value} for {max_steps} update steps; needs less, because the core would not be split there, nor where the "
+                "schedule starts it; set it in --core_config, [] for a core that is never split"
+            )
     return steps | (set(range(config.split_every, max_steps, config.split_every)) if config.split_every else set())
 
 
@@ -146,6 +158,34 @@ def _finds_unused(args: Any) -> bool:
     """Whether DistributedDataParallel does, as Trainer decides it."""
     said = args.ddp_find_unused_parameters
     return bool(said) if said is not None else not args.gradient_checkpointing
+
+
+def behind_the_mixin(trainer: Any, method: str, purpose: str) -> ValueError:
+    """The error of a trainer whose own method stands before this library's and leaves it out."""
+    return ValueError(
+        f"got the trainer {type(trainer).__name__} with a {method} of its own before that of MaskedTrainerMixin; needs it behind, "
+        f"because it is one {purpose}; put it into a class of its own, class Own(Trainer), and train with "
+        "class Mine(MaskedTrainerMixin, Own)"
+    )
+
+
+def refuse_own_optimizer(trainer: Any, mixin: type) -> None:
+    """Refuse an optimizer or a learning-rate curve of which a core would have no counterpart.
+
+    Args: `mixin`: the class behind which a trainer's own methods belong.
+
+    Raises: ValueError.
+    """
+    mine = type(trainer).__mro__
+    for method, what in (("create_optimizer", "optimizer"), ("create_scheduler", "learning-rate curve")):
+        if any(method in vars(cls) for cls in mine[: mine.index(mixin)]):
+            raise behind_the_mixin(trainer, method, f"that makes the core's {what} as well")
+    if trainer.optimizer is not None or trainer.lr_scheduler is not None:
+        raise ValueError(
+            "got optimizers= for a model with a core; needs to make them, because the core's updates have an optimizer and a curve "
+            "of the same kind, and shared parameters stand in both; set optimizer_cls_and_kwargs=(SGD, {'lr': 0.1}), --optim, or a "
+            "create_optimizer in a class behind MaskedTrainerMixin"
+        )
 
 
 def refuse_unsupported(trainer: Any, what: str) -> None:

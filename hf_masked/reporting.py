@@ -8,7 +8,7 @@ from typing import Any
 from .cores import Core, get_cores
 from .cores.base import DEFAULT_NAME, Rung
 from .hooks import JointHooks
-from .randomness import own_random_stream
+from .randomness import random_state
 from .replay import size_of
 from .types import StepInfo
 from .values import scalars
@@ -28,6 +28,9 @@ class JointReportingMixin(JointHooks):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
+        # each core is evaluated on what the full network is, where the collator draws (masked language modelling) as well
+        collator = getattr(dataloader, "collate_fn", None)
+        drawn_again = random_state(self.args.device, collator)
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
@@ -35,12 +38,14 @@ class JointReportingMixin(JointHooks):
         inside = any(core.active_thread is not None for core in cores.values())
         if not self._joint or self._evaluating_core or inside:
             return output
+        as_without_cores = random_state(self.args.device, collator)
         started = time.time()
         seconds = {}
         whole = {name: (core, None) for name, core in cores.items()}
         rungs = {f"{name}_{n}": (core, rung) for name, core in cores.items() for n, rung in core.nested.items()}
         for name, (core, rung) in (whole | rungs).items():
             begun = time.time()
+            drawn_again()
             with self._as_core(core, rung):
                 core_output: Any = super().evaluation_loop(
                     dataloader,
@@ -53,22 +58,21 @@ class JointReportingMixin(JointHooks):
             output.metrics.update(core_output.metrics)
             if rung is None:
                 seconds[name] = time.time() - begun
+        as_without_cores()
         self._core_seconds = (metric_key_prefix, seconds, time.time() - started)
         return output
 
     @contextmanager
     def _as_core(self, core: Core, rung: Rung | None = None) -> Iterator[None]:
-        """Trainer's evaluation sees the core (or a smaller one inside it) as its model; no random number of the full network's run is
-        drawn."""
+        """Trainer's evaluation sees the core (or a smaller one inside it) as its model."""
         core.sync(self.model)
         if self.accelerator.mixed_precision != "no" and "_original_forward" not in vars(core.model):
             self.accelerator.prepare_model(core.model, evaluation_mode=True)
         held = self.model, self.model_wrapped
         self.model = self.model_wrapped = core.model
         self._evaluating_core = True
-        seed = StepInfo(self.state.global_step, self.state.max_steps, self.args.mask_seed).random_seed("evaluation")
         try:
-            with own_random_stream(seed, self.args.device), core.at_rung(rung):
+            with core.at_rung(rung):
                 yield
         finally:
             self._evaluating_core = False

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from .arguments import MaskedArgumentsMixin
 from .audit import Audit
-from .core_run import CoreRun, make_runs, refuse_other_cores
+from .core_run import CoreRun, make_runs
 from .cores import Core, add_core, get_core, get_cores, has_core
 from .cores.attached import refuse_changed
 from .cores.modules import unwrap
@@ -25,6 +25,7 @@ from .diagnostics_report import DiagnosticsReport
 from .distillation import YieldingWeight
 from .distributed import DistributedMixin
 from .export import check_free, check_writable
+from .ignored import refuse_beside_plan, refuse_core_options, refuse_other_cores
 from .loss_scale import own_scaler
 from .masked_optimizer import MaskedSteps
 from .meters import JointProgressCallback, LossMeter
@@ -35,6 +36,7 @@ from .optimization import (
     make_core_optimizer,
     make_core_scheduler,
     refuse_no_split,
+    refuse_own_optimizer,
     refuse_rungs,
     refuse_unsupported,
     split_steps,
@@ -62,6 +64,14 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
 
     Raises: ValueError, at construction, for what cannot be trained jointly.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(MaskedTrainerMixin):
+            raise TypeError(
+                f"got class {cls.__name__} with Trainer before MaskedTrainerMixin; needs it behind, because Trainer's methods would "
+                f"hide the mixin's; write class {cls.__name__}(MaskedTrainerMixin, ...)"
+            )
 
     def __init__(self, model: Any = None, args: Any = None, *positional: Any, plan: Plan | None = None, **kwargs: Any):
         if _asks_for_cores(args) and args.output_dir is not None and args.should_save:
@@ -100,18 +110,20 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
 
     def _give_core(self, plan: Plan | None) -> None:
         args: Any = self.args
-        if _asks_for_cores(args):
-            if has_core(self.model):
-                refuse_other_cores(get_cores(self.model), args)
-            else:
-                self._add_cores(self.model)
+        if has_core(self.model) and (_asks_for_cores(args) or getattr(args, "core", None)):
+            refuse_other_cores(get_cores(self.model), args)
+        elif _asks_for_cores(args):
+            self._add_cores(self.model)
+        if plan is not None:
+            refuse_beside_plan(args)
         if not has_core(self.model):
+            refuse_core_options(self.model, args)
             if plan is None and getattr(args, "method", None):
                 plan = replace(args.make_plan(), schedule=FullOnly())
             watched = getattr(args, "diagnostics_steps", 0) or getattr(args, "audit", False)
             self._trains_slots = plan is not None or bool(watched)
             self.plan = plan or Plan(FullOnly())
-            self._refuse_core_phases()
+            self._refuse_core_phases(max(1, self.args.max_steps))
             if watched:
                 refuse_unsupported(self, "--audit or --diagnostics_steps")
             if self.plan.full.has_slots:
@@ -129,6 +141,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         self.plan, self._cores = make_runs(cores, plan, args)
         self._core = self._cores[0]
         refuse_unsupported(self, "a core")
+        refuse_own_optimizer(self, MaskedTrainerMixin)
         for run in self._cores:
             refuse_no_split(cores[run.name], run.plan.schedule)
             refuse_rungs(cores[run.name], run.plan, args)
@@ -138,6 +151,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
                 refuse_meaningless(run.phase, self._trained(run.phase), args)
             if self.args.max_steps > 0:
                 run.plan.validate(self.args.max_steps, args.mask_seed)
+                split_steps(cores[run.name].config, run.plan.schedule, self.args.max_steps, args.mask_seed)
         if self.args.output_dir is not None and self.args.should_save:
             check_free(self.args.output_dir, list(cores.values()))
         if self.pop_callback(ProgressCallback) is not None:
@@ -147,8 +161,9 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         for name, config in self.args.make_core_configs().items():
             add_core(model, config, name=name)
 
-    def _refuse_core_phases(self) -> None:
-        trains_core = any(phase.network != "full" for t in range(8) for phase in self.plan.phases(StepInfo(t, 8)))
+    def _refuse_core_phases(self, max_steps: int) -> None:
+        steps = (StepInfo(t, max_steps, getattr(self.args, "mask_seed", 0)) for t in range(max_steps))
+        trains_core = any(self.plan.schedule(info) != ("full",) for info in steps)
         if trains_core or self.plan.core.has_slots:
             raise ValueError(
                 "got a plan= that trains a core for a model without one, or a method with apply_to core; needs a core; call "
@@ -190,9 +205,8 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         return moments == "shared"
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self._planned_for is not unwrap(
-            self.model
-        ):  # model_init has made another one since, perhaps for another trial
+        if self._planned_for is not unwrap(self.model):
+            # model_init has made another one since, perhaps for another trial
             self._plan_run()
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -202,6 +216,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         if not self._joint:
+            self._refuse_core_phases(num_training_steps)
             self._mask_steps_of(self.optimizer)
             return super().create_scheduler(num_training_steps, *args, **kwargs)
         for run in self._cores:
@@ -249,7 +264,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
 
 
 def _asks_for_cores(args: Any) -> bool:
-    return bool(getattr(args, "core", None) or getattr(args, "cores", None))
+    return getattr(args, "core", None) not in (None, "none") or bool(getattr(args, "cores", None))
 
 
 def _mirror_checkpointing(full: nn.Module, core: nn.Module) -> None:

@@ -9,6 +9,7 @@ the other's checkpoints. Otherwise a checkpoint of Trainer's is refused, since n
 """
 
 import random
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,19 @@ class TrainingStateMixin(JointHooks):
         """The name of a file that every process has its own of."""
         return name if self.args.world_size == 1 else f"{name}_{self.args.process_index}"
 
-    def _settings(self) -> dict[str, int]:
-        """What decides which examples an update step sees, by the name of its flag."""
-        return {
+    def _settings(self) -> dict[str, Any]:
+        """What decides which examples an update step sees, and with a core which network it trains, by the name of its flag."""
+        settings: dict[str, Any] = {
             "world_size": self.args.world_size,
             "per_device_train_batch_size": self._train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
         }
+        if self._joint:
+            schedule = self.plan.schedule
+            settings["schedule"] = repr(schedule) if is_dataclass(schedule) else type(schedule).__qualname__
+            settings["max_steps"] = self.args.max_steps
+            settings["num_train_epochs"] = self.args.num_train_epochs if self.args.max_steps <= 0 else None
+        return settings
 
     # ---- refusing ----
 
@@ -82,11 +89,12 @@ class TrainingStateMixin(JointHooks):
             if name == "per_device_train_batch_size" and self.args.auto_find_batch_size:
                 continue  # Trainer goes on with the checkpoint's
             if mine != theirs.get(name):
-                how = "start as many processes" if name == "world_size" else f"set --{name} {theirs.get(name)}"
+                said = {"world_size": "start as many processes", "schedule": "set --schedule as it was"}
+                how = said.get(name, f"set --{name} {theirs.get(name)}")
                 raise ValueError(
                     f"got {name} {mine} to resume {folder.parent}, made with {theirs.get(name)}; needs the same, because "
-                    f"its update steps would see other examples and random numbers; {how}, or begin a run from its "
-                    "weights as the model"
+                    f"its update steps would see other examples or random numbers, or train another network; {how}, or begin a run "
+                    "from its weights as the model"
                 )
 
     # ---- saving ----

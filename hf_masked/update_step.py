@@ -19,7 +19,7 @@ from .distillation import Teaching
 from .forward_pass import ForwardPass, UpdateStep
 from .loss_scale import unscale, unscaled, use_scaler_of
 from .masked_optimizer import StepMask
-from .optimization import Stepper, forget_moments
+from .optimization import Stepper, behind_the_mixin, forget_moments
 from .parts import parameters_of
 from .types import Phase, StepInfo
 from .watched_step import WatchedStepMixin
@@ -144,10 +144,13 @@ class UpdateStepMixin(WatchedStepMixin):
             with apart, self._audited(phase), self._displaced(model, inputs, num_items, phase, network, teaching):
                 loss = self._run(model, inputs, num_items, under_way)
         if self._joint:
+            if under_way.label_loss is None:
+                raise behind_the_mixin(self, "compute_loss", "which the cores are taught and both losses are read by")
             # Trainer may have divided the loss by the number of microbatches; the label loss alone follows suit
             label_loss = loss if network == "full" else under_way.label_loss * (loss / under_way.total_loss)  # type: ignore[operator]
             name = self._core.name if network == "core" else network
             self._meter.add(f"loss_{name}", label_loss, 1 / self.current_gradient_accumulation_steps)
+            return label_loss  # which `train_loss` is the mean of
         return loss
 
     def _at_rung(self, network: str) -> AbstractContextManager[None]:

@@ -243,7 +243,7 @@ def main(argv: list[str]) -> None:
         sample=partial(sample, rows=report, collator=collator),
         compute_metrics=compute_metrics,
     )
-    if training_args.core is not None or training_args.cores is not None:
+    if training_args.core not in (None, "none") or training_args.cores is not None:
         run_recipe(task, args, training_args)
         return
     options = args.options()

@@ -1,0 +1,81 @@
+"""What would be ignored is refused: options of a core where there is none, or another one than they ask for."""
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from .cores import Core, has_core
+from .schedules import FullOnly
+from .typed import without_common
+
+# what says how a core is trained, or what a plan says
+_OF_A_CORE = ("preset", "schedule", "moments")
+_OF_A_PLAN = (
+    "method", "method_config", "preset", "schedule", "core_loss_weight", "distill_weight", "distill_temperature",
+)  # fmt: skip
+
+
+def refuse_other_cores(cores: dict[str, Core], args: Any) -> None:
+    """Refuse a model whose cores are not those that --core or --cores asks for, which would be ignored.
+
+    Raises: ValueError.
+    """
+    if args.core == "none":
+        raise ValueError(
+            f"got a model with the cores {list(cores)} and --core none; needs a model without, because it would be trained with them; "
+            "drop --core, or pass the model without a core"
+        )
+    asked = args.make_core_configs()
+    flag = "--core" if args.cores is None else "--cores"
+    if set(asked) != set(cores):
+        raise ValueError(
+            f"got a model with the cores {list(cores)} and {flag} of {list(asked)}; needs the same names, because the others would "
+            f"be left out; set {flag}, or drop it"
+        )
+    only_kind = args.cores is None and args.core_config is None and args.preset != "paper"
+    for name, config in asked.items():
+        own = cores[name].config
+        if type(own) is not type(config) or (not only_kind and own != config):
+            mine, theirs = without_common(*({"kind": c.kind, **c.to_dict()} for c in (own, config)))
+            raise ValueError(
+                f"got a model with the core {name!r} of {mine} and {flag} that asks for {theirs}; needs the same, because the model "
+                f"has its core already; drop {flag}, or pass the model without a core"
+            )
+
+
+def refuse_core_options(model: nn.Module, args: Any) -> None:
+    """Refuse a run without a core that is told how to train one; `core` "none" says that there is to be none.
+
+    Raises: ValueError.
+    """
+    if hidden := next((path for path, module in model.named_modules() if path and has_core(module)), None):
+        raise ValueError(
+            f"got a {type(model).__name__} around a model with a core, {hidden}; needs that model itself, because the core would be "
+            "left out; call add_core on what is trained, or pass it without the wrapper"
+        )
+    # arguments of plain Trainer have no such field, and full_only means no core
+    told = getattr(args, "core", "none") is None and not isinstance(args.make_plan().schedule, FullOnly)
+    if told and (said := _said(args, _OF_A_CORE)):
+        raise ValueError(
+            f"got {said} and no core; needs one, because it says how a core is trained; set --core, call add_core(model, ...) first, "
+            "or set --core none for plain training"
+        )
+
+
+def refuse_beside_plan(args: Any) -> None:
+    """Refuse options that a plan= takes the place of.
+
+    Raises: ValueError.
+    """
+    if said := _said(args, _OF_A_PLAN):
+        raise ValueError(
+            f"got {said} beside plan=; needs one of them, because the plan's phases and schedule are what is trained by; put it into "
+            "the plan, or drop plan="
+        )
+
+
+def _said(args: Any, names: tuple[str, ...]) -> str:
+    """The first of these fields that is not as it is by default, as name=value."""
+    known = {field.name: field.default for field in dataclasses.fields(args) if field.name in names}
+    return next((f"{n}={getattr(args, n)!r}" for n in names if n in known and getattr(args, n) != known[n]), "")
