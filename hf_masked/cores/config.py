@@ -32,10 +32,10 @@ class LowRankCoreConfig(CoreConfig):
             evaluated (`eval_core_r8_loss`) and exported (`core-r8/`).
         rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
         target_modules: which linear maps; a list of names (suffixes of module paths), a regular expression that has to
-            match the whole path, or "all-linear": every nn.Linear and Conv1D but the output head. PEFT's semantics. A head that is
+            match the whole path, or "all-linear": every nn.Linear and Conv1D but heads and tied weights. PEFT's semantics. A head that is
             named is factorised in the core even where its weight is tied to the embedding, which stays dense; its factors are
             the core's own then, with coupling "shared" too.
-        exclude_modules: which of them not; same forms.
+        exclude_modules: which of them not; same forms. What matches nothing in these or in `rank_pattern` is refused.
         init: "svd" (B A is the best rank-r part of W), "activation" (B A is nearest to W in its outputs on calibration
             batches: those of `add_core(..., calibration=batches)`, and at a split in training the last ones trained on;
             see `activations.best_weighted`) or "random" (Gaussian, product as large as W).

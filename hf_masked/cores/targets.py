@@ -46,7 +46,7 @@ def find_sites(
 ) -> dict[str, Site]:
     """Module path -> the linear map there, for every target of `config`; `moments` as of `choose_ranks`.
 
-    Raises: ValueError as `find_targets` and `choose_ranks`.
+    Raises: ValueError as `find_targets`, `refuse_read` and `choose_ranks`, and for a rank of no target.
     """
     targets = find_targets(model, config)
     refuse_read(model, targets)
@@ -65,8 +65,8 @@ def find_sites(
 def find_targets(model: PreTrainedModel, config: Targets) -> dict[str, nn.Linear | Conv1D]:
     """Module path -> the linear layer there, for every target of `config`.
 
-    Raises: ValueError for a target that matches nothing or is no linear layer, and for mixture-of-experts weights that
-        a core could not make smaller.
+    Raises: ValueError for a target or an exclusion that matches nothing, a target that is no linear layer, and for
+        mixture-of-experts weights that a core could not make smaller.
     """
     linear = linear_layers(model)
     if config.target_modules == "all-linear":
