@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from .cores.modules import unwrap
 from .cores.sharded import gathered, is_sharded
 from .durable import flush, flush_all
 
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+# what an export writes for from_pretrained to read; nothing of another name is ever removed
+_MODEL = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # in the folders of cores only
 # the files without which nothing loads: gone first and back last, so that no mixture of two exports ever loads
 _ENTRIES = ("config.json", "adapter_config.json")
 # where cores lie is written down, so that a later export takes their place, and nobody else's folder's
 LISTING = "hf_masked_cores.json"
 # a core's own name, or that of its kind, and for the smaller ones of a ladder the rung
-_LISTED = re.compile(r"[a-z][a-z0-9_]*(-([rnhked][0-9.]+(e-[0-9]+)?)+)?")
+_CORE_FOLDER = re.compile(r"[a-z][a-z0-9_]*(-([rnhked][0-9.]+(e-[0-9]+)?)+)?")
 
 
 def extract_core(
@@ -93,8 +95,9 @@ def export(
     ("factorized"); the smaller cores of a ladder lie in `out/core-r8/` and so on, a core of another name in `out/<name>/`. All
     get the tokenizer and the generation config. Everything is written aside first; then config.json
     goes, the files change places, and config.json comes last, so that an interrupted export loads as nothing, and one
-    that fails for lack of space leaves the old export as it was; each stage is flushed to the disk before the next. Other
-    files in `out/` are left alone; which folders are an export's own stands in `out/hf_masked_cores.json`.
+    that cannot take its place, or fails for lack of space, leaves the old export as it was; each stage is flushed to the disk
+    before the next. Other files in `out/` are left alone; which folders are an export's own stands in
+    `out/hf_masked_cores.json`.
 
     Args:
         model: a model with a core, with several, or without (then only the full model is written); one that is sharded has to
@@ -105,8 +108,9 @@ def export(
         max_shard_size: of one safetensors file.
         model_card: text of README.md.
 
-    Raises: NotADirectoryError or PermissionError for a folder that cannot be written; FileExistsError where a core would
-        be written over somebody else's model; ValueError as `extract_core`; RuntimeError inside `core_mode`.
+    Raises: NotADirectoryError or PermissionError for a folder that cannot be written, IsADirectoryError for one where a file
+        belongs; FileExistsError where a core would be written over somebody else's model, or the full model beside an adapter
+        that would be loaded in its place; ValueError as `extract_core`; RuntimeError inside `core_mode`.
 
     Cost: disk space of the old export while the new one is written; memory of one core at a time, and with coupling
         "shared" of the merged model.
@@ -118,7 +122,7 @@ def export(
         return
     target = check_writable(out)
     cores: list[Core] = list(get_cores(full).values())
-    check_free(target, cores)
+    check_free(target, full)
     with _staging(target) as staging:
         stock = full if all(core.full_is_plain for core in cores) else merge_full(full)
         stock.save_pretrained(staging, max_shard_size=max_shard_size)
@@ -158,43 +162,72 @@ def check_writable(out: str | os.PathLike[str]) -> Path:
         ) from None
     except OSError as error:
         raise PermissionError(
-            f"got the output folder {path}; needs one that can be written, because both models are saved there "
+            f"got the output folder {path}; needs one that can be written, because models are saved there "
             f"({error.strerror}); set --output_dir"
         ) from None
     return path
 
 
-def check_free(out: str | os.PathLike[str], cores: list[Core]) -> None:
-    """Refuse to write a core over a model that no export put there.
+def check_free(out: str | os.PathLike[str], model: torch.nn.Module) -> None:
+    """Refuse to write the cores of a model over what no export put there, and the model beside an adapter.
 
-    Raises: FileExistsError.
+    Raises: FileExistsError; as `check_writable` for folders of cores that are there.
     """
-    own = _listed(Path(out))
-    for folder in [name for core in cores for name in core_folders(core)]:
-        if folder in own:
-            continue
-        if found := [file.name for pattern in (*_ENTRIES, *_WEIGHTS) for file in Path(out, folder).glob(pattern)]:
+    full, own = unwrap(model), _own_folders(Path(out))
+    if Path(out, _ADAPTER[0]).exists() and not getattr(full, "_hf_peft_config_loaded", False):
+        raise FileExistsError(
+            f"got the folder {out} with {_ADAPTER[0]}; needs one without, because from_pretrained would load that adapter in "
+            "place of the full model; move it, or set --output_dir"
+        )
+    for folder in [Path(out, name) for core in get_cores(full).values() for name in core_folders(core)]:
+        if folder.exists():
+            check_writable(folder)
+        if folder.name not in own and (found := _written(folder, of_core=True)):
             raise FileExistsError(
-                f"got the folder {Path(out, folder)} with {found[0]} that no export wrote; needs a folder of the core's own, "
+                f"got the folder {folder} with {found[0].name} that no export wrote; needs a folder of the core's own, "
                 "because its files would be written over; move that folder, or set another name or --output_dir"
             )
 
 
+def _written(folder: Path, of_core: bool) -> list[Path]:
+    """What there is of what an export writes into a folder for from_pretrained to read."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if _MODEL.fullmatch(path.name) or (of_core and path.name in _ADAPTER)]
+
+
+def _check_replaceable(files: Iterable[Path]) -> None:
+    """Refuse, before anything is removed, to put files where none can be put.
+
+    Raises: IsADirectoryError; as `check_writable`.
+    """
+    places = set(files)
+    for path in sorted(places):
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"got the folder {path}; needs a file or nothing there, because an export writes one of that name; move it, or "
+                "set --output_dir"
+            )
+    for folder in sorted({path.parent for path in places}):
+        check_writable(folder)
+
+
 def exported_cores(out: str | os.PathLike[str]) -> list[str]:
     """The folders of an export in which its cores lie, each followed by the smaller ones of its ladder."""
-    return sorted(name for name in _listed(Path(out)) if any(Path(out, name, entry).is_file() for entry in _ENTRIES))
+    return sorted(
+        name for name in _own_folders(Path(out)) if any(Path(out, name, entry).is_file() for entry in _ENTRIES)
+    )
 
 
-def _listed(target: Path) -> set[str]:
+def _own_folders(target: Path) -> set[str]:
     """The folders of cores that exports wrote here."""
     try:
         told = json.loads((target / LISTING).read_text(encoding="utf-8"))["folders"]
-        return {name for name in told if isinstance(name, str) and _LISTED.fullmatch(name)}
+        return {name for name in told if isinstance(name, str) and _CORE_FOLDER.fullmatch(name)}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
 
-def _list(target: Path, staging: Path, folders: set[str]) -> None:
+def _note_own_folders(target: Path, staging: Path, folders: set[str]) -> None:
     """Write down, for good, which folders are an export's; nothing where there are none."""
     if folders:
         (staging / LISTING).write_text(json.dumps({"folders": sorted(folders)}, indent=2), encoding="utf-8")
@@ -220,18 +253,18 @@ def _staging(target: Path) -> Iterator[Path]:
 def _swap_in(staging: Path, target: Path) -> None:
     """Exchange the files of two exports so that no moment of it loads as a mixture, nor what a power cut leaves of it."""
     new = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-    old, made = _listed(target), {path.parts[0] for path in new if path.name in _ENTRIES and len(path.parts) == 2}
+    old, made = _own_folders(target), {path.parts[0] for path in new if path.name in _ENTRIES and len(path.parts) == 2}
+    folders = [target, *(target / name for name in sorted(old | made))]
+    stale = [path for folder in folders for path in _written(folder, of_core=folder != target)]
+    _check_replaceable([target / LISTING, *(target / path for path in new), *stale])
     if old | made:
         # before any of them is there, and until none of the old ones is
-        _list(target, staging, old | made)
-    folders = [target, *(target / name for name in sorted(old | made))]
-    for old_entry in [folder / entry for folder in folders for entry in _ENTRIES]:
-        old_entry.unlink(missing_ok=True)
+        _note_own_folders(target, staging, old | made)
+    for path in (path for path in stale if path.name in _ENTRIES):
+        path.unlink()
     flush(*folders)
-    for folder in folders:
-        for pattern in _WEIGHTS:
-            for stale in folder.glob(pattern):
-                stale.unlink()
+    for path in (path for path in stale if path.name not in _ENTRIES):
+        path.unlink()
     entries = sorted((path for path in new if path.name in _ENTRIES), key=lambda path: path.parent == Path())
     for some in ([path for path in new if path not in entries], entries):
         for relative in some:
@@ -239,4 +272,4 @@ def _swap_in(staging: Path, target: Path) -> None:
             os.replace(staging / relative, target / relative)
         flush(*{target / path.parent for path in some}, target)
     if old - made:
-        _list(target, staging, made)
+        _note_own_folders(target, staging, made)

@@ -153,7 +153,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
                 run.plan.validate(self.args.max_steps, args.mask_seed)
                 split_steps(cores[run.name].config, run.plan.schedule, self.args.max_steps, args.mask_seed)
         if self.args.output_dir is not None and self.args.should_save:
-            check_free(self.args.output_dir, list(cores.values()))
+            check_free(self.args.output_dir, self.model)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(JointProgressCallback(list(cores)))
 

@@ -9,11 +9,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from common import arguments, rows, tiny
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from hf_masked import MaskedTrainer, export
 
 SCRIPT = """
 import json, os, random, resource, shutil, signal, sys, time
@@ -181,11 +188,105 @@ def test_export_without_space_leaves_the_old_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depth", ["file", "file/below"])
 def test_output_that_is_no_folder(depth: str, tmp_path: Path) -> None:
-    from common import tiny
-
-    from hf_masked import export
-
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(NotADirectoryError, match=r"got the output folder.*needs.*is a file"):
         export(tiny(core="free"), tmp_path / depth)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def core_is_a_file(out: Path) -> None:
+    for file in (out / "core").iterdir():
+        file.unlink()
+    (out / "core").rmdir()
+    (out / "core").write_text("in the way")
+
+
+def folder_in_place_of(name: str) -> Callable[[Path], None]:
+    def make(out: Path) -> None:
+        (out / name).unlink(missing_ok=True)
+        (out / name).mkdir()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "break_it, kind, said",
+    [
+        (core_is_a_file, NotADirectoryError, "core is a file; set --output_dir"),
+        (folder_in_place_of("core/config.json"), IsADirectoryError, r"core/config.json; needs a file.*move it"),
+        (folder_in_place_of("core/model-00007-of-00009.safetensors"), IsADirectoryError, "needs a file"),
+        (folder_in_place_of("generation_config.json"), IsADirectoryError, "needs a file"),
+        (folder_in_place_of("hf_masked_cores.json"), (IsADirectoryError, FileExistsError), "needs a f"),
+    ],
+    ids=["core is a file", "config", "shard", "at the root", "listing"],
+)
+def test_an_export_that_cannot_take_its_place_leaves_the_old_one(
+    break_it: Callable[[Path], None], kind: Any, said: str, tmp_path: Path
+) -> None:
+    export(tiny(core="free"), tmp_path)
+    break_it(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(kind, match=f"^got the .*{said}"):
+        export(tiny(seed=1, core="free"), tmp_path)
+    assert files(tmp_path) == before and "config.json" in before
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from common import tiny
+from hf_masked import export
+
+out, model = Path(sys.argv[1]), tiny(seed=1, core="free")
+if os.getuid() == 0:  # root may write anywhere
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    export(model, out)
+except PermissionError as error:
+    print(error)
+"""
+
+
+def test_a_core_folder_that_cannot_be_written_leaves_the_old_export() -> None:
+    # not in tmp_path, whose parents only their owner may enter
+    with tempfile.TemporaryDirectory() as made:
+        export(tiny(core="free"), made)
+        os.chmod(made, 0o777)
+        os.chmod(Path(made, "core"), 0o555)
+        before = files(Path(made))
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(
+            [sys.executable, "-c", READ_ONLY, made], env=env, capture_output=True, text=True, timeout=300
+        )
+        assert run.stdout.startswith(f"got the output folder {made}/core; needs one that can be written"), run.stderr
+        assert files(Path(made)) == before
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    mine = {"model_backup.safetensors", "model-of-the-week.safetensors", "core/model_backup.safetensors", "notes.json"}
+    export(tiny(core="free"), tmp_path, max_shard_size="40KB")
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    export(tiny(core="free"), tmp_path)
+    after = files(tmp_path)
+    assert {name for name in after if after[name] == b"mine"} == mine
+    assert not [name for name in after if "-of-0" in name or "index" in name], "shards of the old export are left"
+
+
+def test_an_adapter_at_the_root_is_refused_and_left_alone(tmp_path: Path) -> None:
+    """from_pretrained would load the adapter's base model from there, with the adapter in it."""
+    adapted = get_peft_model(tiny(seed=4), LoraConfig(task_type="CAUSAL_LM", r=2))
+    adapted.save_pretrained(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(FileExistsError, match=r"with adapter_config.json; needs.*set --output_dir"):
+        export(tiny(core="free"), tmp_path)
+    with pytest.raises(FileExistsError, match=r"with adapter_config\.json"):
+        MaskedTrainer(tiny(core="free"), arguments(tmp_path), train_dataset=rows())
+    assert files(tmp_path) == before
