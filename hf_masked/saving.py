@@ -1,12 +1,14 @@
 """Checkpoints, exports and the Hub: every folder that is written holds the stock full model and its cores beside it."""
 
+import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints, sort_checkpoints
+from transformers.utils import PushInProgress
 
 from . import joint_state, method_state
 from .checkpoints import clear_aside, folder_aside, last_complete_checkpoint, publish, withdraw
@@ -24,6 +26,7 @@ from .model_card import add_core_section
 from .training_state import FOLDER, TrainingStateMixin
 from .types import Phase
 
+logger = logging.getLogger(__name__)
 # what a pushed folder leaves out: what only resuming needs
 _NOT_A_PRODUCT = ["_*", ".export-*", "checkpoint-*", "joint/*", f"{FOLDER}/*", CHECKSUMS]
 
@@ -34,21 +37,21 @@ class JointSavingMixin(TrainingStateMixin):
     _in_checkpoint = False
     _between_steps = False
     _stopping = False
+    _pushed: frozenset[str] = frozenset()
+    push_in_progress: Any
 
     # ---- saving ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir if output_dir is not None else self.args.output_dir
-        if not self._joint:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not self._trains_slots or not isinstance(model, PreTrainedModel):
             super()._save(output_dir, state_dict)
             if self._trains_slots and self.args.should_save:
                 Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-                self._save_arguments(folder)
-            return
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if self.args.should_save or is_sharded(model):
+        elif self.args.should_save or is_sharded(model):
             export(model, folder, processing_class=self._processing_class())
-        if not self.args.should_save:
+        if not self._trains_slots or not self.args.should_save:
             return
         self._save_arguments(folder)
         for core in get_cores(model).values() if self._in_checkpoint else ():
@@ -67,6 +70,8 @@ class JointSavingMixin(TrainingStateMixin):
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Trainer's own save, made aside; the checkpoint gets its name, and older ones go, once it is whole."""
+        if not self._trains_slots:
+            return super()._save_checkpoint(model, trial)
         run_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if not self._between_steps and withdraw(run_dir, name):
             # SIGTERM came inside an update step, from where no run resumes exactly: save and stop at its end
@@ -82,13 +87,14 @@ class JointSavingMixin(TrainingStateMixin):
             self._name_best(folder_aside(run_dir) / name, Path(run_dir, name))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                if self._trains_slots:
-                    write_checksums(folder_aside(run_dir) / name)
+                write_checksums(folder_aside(run_dir) / name)
                 flush_all(folder_aside(run_dir))
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
             self.state.best_model_checkpoint = best
             if self.args.should_save:
                 clear_aside(run_dir)
+            if not _says_the_disk(error):
+                raise
             raise OSError(
                 f"got {type(error).__name__}: {error} while saving {name} in {run_dir}; needs space and the right to write "
                 "there, because a checkpoint counts only when all of it is saved; what was saved before is untouched: make "
@@ -98,7 +104,7 @@ class JointSavingMixin(TrainingStateMixin):
             self._in_checkpoint = False
         if self.args.should_save:
             publish(run_dir, name)
-            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            self._rotate(run_dir)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(Path(run_dir, name)))
@@ -147,7 +153,7 @@ class JointSavingMixin(TrainingStateMixin):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         refuse_inside_core_mode(self.model, "train")
-        if resume_from_checkpoint is True:
+        if resume_from_checkpoint is True and self._trains_slots:
             if self.args.should_save:
                 clear_aside(self.args.output_dir)
             self.accelerator.wait_for_everyone()
@@ -232,23 +238,57 @@ class JointSavingMixin(TrainingStateMixin):
             )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """A checkpoint is an export already: push what of it is a product, straight from where it lies."""
+        """A checkpoint is an export already: push what of it is a product, straight from where it lies. As Trainer's pushes, in
+        the background, one at a time unless `--hub_always_push`, and what fails is only told."""
         if self._in_checkpoint:
             return  # it is pushed once it has its name
         if not self._trains_slots:
             return super()._push_from_checkpoint(checkpoint_folder)
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        from huggingface_hub import HfApi
+        pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if pushing and not self.args.hub_always_push:
+            return
+        from huggingface_hub import upload_folder
 
-        where: dict[str, Any] = {"repo_id": self.hub_model_id, "revision": self.args.hub_revision}
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         message = f"Training in progress, step {self.state.global_step}"
-        api = HfApi(token=self.args.hub_token)
-        api.upload_folder(
-            folder_path=checkpoint_folder, commit_message=message, ignore_patterns=_NOT_A_PRODUCT, **where
+        push: Any = partial(
+            upload_folder,
+            repo_id=self.hub_model_id,
+            revision=self.args.hub_revision,
+            token=self.args.hub_token,
+            folder_path=checkpoint_folder,
+            run_as_future=True,
         )
+        jobs: Any = [push(commit_message=message, ignore_patterns=_NOT_A_PRODUCT)]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             path = "last-checkpoint" if last else Path(checkpoint_folder).name
-            api.upload_folder(folder_path=checkpoint_folder, path_in_repo=path, commit_message=f"{message}, checkpoint",
-                              **where)  # fmt: skip
+            jobs.append(push(path_in_repo=path, commit_message=f"{message}, checkpoint"))
+        for job in jobs:
+            job.add_done_callback(_tell_failure)
+        if pushing:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+        self._pushed = (self._pushed if pushing else frozenset()) | {checkpoint_folder}
+
+    def _rotate(self, run_dir: str) -> None:
+        """Remove older checkpoints as Trainer does, and none while a push reads it."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        there = sort_checkpoints(run_dir, use_mtime=True)
+        oldest = [checkpoint for checkpoint in there if checkpoint != best]
+        if limit and self._pushed.intersection(oldest[: max(0, len(there) - limit)]):
+            self._finish_current_push()
+        rotate_checkpoints(run_dir, limit, best, use_mtime=True)
+
+
+def _says_the_disk(error: Exception) -> bool:
+    """Whether the operating system said no; safetensors and torch.save have errors of their own for that."""
+    return getattr(error, "errno", None) is not None or "os error" in str(error) or "PytorchStreamWriter" in str(error)
+
+
+def _tell_failure(job: Any) -> None:
+    if (error := job.exception()) is not None:
+        logger.warning("a push to the Hub failed (%s: %s); training goes on", type(error).__name__, error)

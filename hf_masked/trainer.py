@@ -74,7 +74,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
             )
 
     def __init__(self, model: Any = None, args: Any = None, *positional: Any, plan: Plan | None = None, **kwargs: Any):
-        if _asks_for_cores(args) and args.output_dir is not None and args.should_save:
+        if _switches_on(model, args, plan) and args.output_dir is not None and args.should_save:
             check_writable(args.output_dir)
         super().__init__(model, args, *positional, **kwargs)
         self._pass = None
@@ -265,6 +265,12 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
 
 def _asks_for_cores(args: Any) -> bool:
     return getattr(args, "core", None) not in (None, "none") or bool(getattr(args, "cores", None))
+
+
+def _switches_on(model: Any, args: Any, plan: Plan | None) -> bool:
+    """Whether, as far as can be told before Trainer looks at them, this is more than Trainer."""
+    asked = _asks_for_cores(args) or bool(getattr(args, "method", None))
+    return asked or (args is not None and (plan is not None or (isinstance(model, nn.Module) and has_core(model))))
 
 
 def _mirror_checkpointing(full: nn.Module, core: nn.Module) -> None:

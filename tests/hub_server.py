@@ -33,6 +33,9 @@ class LoopbackHub:
         self.objects: dict[str, bytes] = {}  # LFS: sha256 -> content
         self.requests: list[tuple[str, str, int]] = []  # method, path, status: what the client really asked for
         self.lock = threading.Lock()
+        self.open = threading.Event()  # while it is clear, every request waits
+        self.open.set()
+        self.gone = False
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -53,6 +56,7 @@ class LoopbackHub:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.gone = True  # for connections that clients keep alive
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -108,6 +112,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _dispatch(self) -> None:
         body = self._body()
+        self.hub.open.wait()
+        if self.hub.gone:
+            self.close_connection = True
+            return
         path = urlsplit(self.path).path
         try:
             for method, pattern, answer in _ROUTES:

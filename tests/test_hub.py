@@ -6,6 +6,7 @@ The client reads HF_ENDPOINT when it is imported, so every client is a process o
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -148,6 +149,54 @@ for name, value in expected.items():
 assert len({round(float(value.sum()), 3) for value in expected.values()}) == 5
 """
 
+# a hub of the client's own, which it can slow down and switch off
+UNSTEADY = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from hub_server import LoopbackHub
+hub = LoopbackHub().__enter__()
+os.environ |= hub.client_env(Path(sys.argv[1], "home"))
+"""
+
+PUSH_UNSTEADILY = """
+import json, logging
+from transformers import TrainerCallback
+from hf_masked import MaskedTrainer, MaskedTrainingArguments
+
+logging.basicConfig(format="WARNED %(message)s")
+rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 32, (16, 12)).tolist()]
+
+class Unsteady(TrainerCallback):
+    pushes = 0
+    def on_push_begin(self, args, state, control, **kwargs):
+        self.pushes += 1
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.fail()
+    def on_train_end(self, args, state, control, **kwargs):
+        hub.open.set()
+
+def train(name, fail, **options):
+    callback = Unsteady()
+    callback.fail = fail
+    args = MaskedTrainingArguments(
+        output_dir=f"{folder}/{name}", core="low_rank", core_config={"rank": 4}, max_steps=6, save_strategy="steps",
+        save_steps=2, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True, push_to_hub=True,
+        hub_model_id=f"tester/{name}", **options,
+    )
+    trainer = MaskedTrainer(tiny_llama(), args, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    commits = [c.summary for c in hub.repos[f"tester/{name}"].commits if "Training" in c.summary]
+    print(json.dumps({"steps": trainer.state.global_step, "pushes": callback.pushes, "commits": commits,
+                      "checkpoints": sorted(os.listdir(args.output_dir))}), flush=True)
+
+train("slow", hub.open.clear)
+train("always", hub.open.clear, hub_always_push=True)
+train("limited", lambda: None, hub_always_push=True, save_total_limit=1, hub_strategy="checkpoint")
+train("gone", lambda: hub.__exit__())
+"""
+
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
@@ -237,6 +286,23 @@ def test_core_refuses_to_load_without_hf_masked(hub: LoopbackHub, pushed: Path) 
     run = client(hub, LOAD_CORE_UNPREPARED, pushed)
     assert run.returncode != 0
     assert "hf_masked_low_rank" in run.stderr and "mismatch" in run.stderr
+
+
+def test_training_goes_on_while_the_hub_is_slow_or_gone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", UNSTEADY + COMMON + PUSH_UNSTEADILY, str(tmp_path), str(Path(__file__).parent)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    slow, always, limited, gone = (json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"'))
+    assert all(told["steps"] == 6 for told in (slow, always, limited, gone))
+    told = [f"Training in progress, step {step}" for step in (2, 4, 6)]
+    assert (slow["pushes"], slow["commits"][::-1]) == (1, told[:1]), "what is not finished was not waited for"
+    assert (always["pushes"], sorted(always["commits"])) == (3, told)
+    both = [line for each in told for line in (each, f"{each}, checkpoint")]
+    assert sorted(limited["commits"]) == both, "a checkpoint went before it was pushed"
+    assert [name for name in limited["checkpoints"] if name.startswith("checkpoint")] == ["checkpoint-6"]
+    assert not gone["commits"] and gone["checkpoints"] == [f"checkpoint-{step}" for step in (2, 4, 6)]
+    assert "a push to the Hub failed" in run.stderr and "training goes on" in run.stderr
 
 
 def test_several_cores_are_pushed_and_load_as_the_card_says(hub: LoopbackHub, tmp_path: Path) -> None:

@@ -25,13 +25,19 @@ from common import arguments, rows, tiny
 from hf_masked import MaskedTrainer, export
 
 folder, model = Path(sys.argv[1]), tiny(core="free")
-args = {out: arguments(out, core="low_rank") for out in (folder, folder / "below")}
+from hf_masked import Plan
+from hf_masked.schedules import FullOnly
+
+asked = ({"core": "low_rank"}, {"method": "sam"}, {}, {"plan": Plan(FullOnly())})
+def trainer(out, plan=None, **options):
+    return MaskedTrainer(tiny() if options or plan else model, arguments(out, **options), plan=plan, train_dataset=rows())
+
 if os.getuid() == 0:  # root may write anywhere
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
-for out in args:
-    for attempt in (lambda: export(model, out), lambda: MaskedTrainer(model, args[out], train_dataset=rows())):
+for out in (folder, folder / "below"):
+    for attempt in (lambda: export(model, out), *(lambda options=options: trainer(out, **options) for options in asked)):
         try:
             attempt()
         except PermissionError as error:
@@ -66,12 +72,21 @@ def test_a_read_only_folder_is_refused_before_any_training() -> None:
     with tempfile.TemporaryDirectory() as made:
         os.chmod(made, 0o555)
         said = python(UNWRITABLE, made)
-        assert len(said) == 4
+        assert len(said) == 10
         for line in said:
             assert line.startswith(f"got the output folder {made}") and "Permission denied" in line
             assert "--output_dir" in line
         assert not list(Path(made).iterdir())
         os.chmod(made, 0o755)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"core": "low_rank"}, {"method": "sam"}, {}], ids=["core", "method", "its own core"]
+)
+def test_a_file_for_a_folder_is_refused(asked: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(NotADirectoryError, match=r"^got the output folder .*out is a file; set --output_dir$"):
+        MaskedTrainer(tiny(core=None if asked else "free"), arguments(tmp_path / "out", **asked), train_dataset=rows())
 
 
 def test_fsdp_is_refused(tmp_path: Path) -> None:

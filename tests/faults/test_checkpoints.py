@@ -213,3 +213,41 @@ def threads_done() -> None:
     for thread in threading.enumerate():
         if isinstance(thread, threading.Timer):
             thread.cancel()
+
+
+# --- the cause of a failed save ----------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_says_what_failed(tmp_path: Path) -> None:
+    """Only what the operating system said is told as lack of space or rights; in no case is a half checkpoint left."""
+    for raised in (RuntimeError("shapes differ"), PermissionError("got a folder; needs another; set --output_dir")):
+
+        class Broken(MaskedTrainer):
+            def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+                raise raised  # noqa: B023
+
+        model = tiny("gpt2", core="free")
+        trainer = Broken(model, arguments(tmp_path, **SAVED), train_dataset=rows())
+        with pytest.raises(type(raised)) as error:
+            trainer.train()
+        assert error.value is raised and names(tmp_path) == []
+
+
+@pytest.mark.parametrize("asked", [{"method": "sam"}, {"core": "low_rank"}], ids=["method", "core"])
+def test_no_pickle_is_written_with_a_method_or_a_core(asked: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "training_args.bin").write_bytes(b"mine")
+    trainer = fit(tmp_path, tiny("gpt2"), **SAVED, **asked)
+    trainer.save_model()
+    assert (tmp_path / "training_args.bin").read_bytes() == b"mine"
+    assert (tmp_path / "training_args.json").is_file() and not list(tmp_path.glob("checkpoint-*/*.bin"))
+
+
+def test_with_nothing_switched_on_a_folder_of_that_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "_saving").mkdir()
+    (tmp_path / "_saving" / "notes.txt").write_text("mine")
+    fit(tmp_path, tiny("gpt2"), **SAVED)
+    try:
+        fit(tmp_path, tiny("gpt2"), resume=True, **SAVED)
+    except ValueError as error:  # where torch is so old that Transformers opens no pickles
+        assert "torch" in str(error)
+    assert (tmp_path / "_saving" / "notes.txt").read_text() == "mine"
