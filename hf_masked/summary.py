@@ -27,10 +27,10 @@ class NetworkSize:
     flops_per_token: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CoreSummary:
     """Sizes of the full network and of its core, module path -> rank of a low-rank one, and name -> size of the smaller
-    cores of a ladder; `str()` is a table.
+    cores of a ladder; it is shown and printed as a table.
 
     Args:
         name: of the core.
@@ -50,7 +50,7 @@ class CoreSummary:
         mine = {self.name: self.core} | {f"{self.name}-{name}": size for name, size in self.nested.items()}
         return mine | {name: size for other in self.others for name, size in other.cores.items()}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         wide = max(10, 1 + max(map(len, (f"{name}/full" for name in self.cores))))
         rows = [f"{'':{wide}}{'parameters':>15}{'bytes':>17}{'FLOPs/token':>17}"]
         for name, size in {"full": self.full, **self.cores}.items():
@@ -71,7 +71,7 @@ class CoreSummary:
 
 
 def core_summary(model: PreTrainedModel) -> CoreSummary:
-    """Parameters, bytes and operations per token of a model and of its core, or of all its cores.
+    """Parameters, bytes and operations per token of a model and of its core, or of all its cores: a table.
 
     Raises: ValueError without a core; RuntimeError inside `core_mode`.
     """

@@ -116,7 +116,7 @@ def test_ranks_are_in_the_export_and_are_a_rank_pattern(tmp_path: Path) -> None:
     core = get_core(model)
     assert said == core.ranks == core_summary(model).ranks
     spread = [core.ranks[f"model.layers.{i}.self_attn.q_proj"] for i in range(2)]
-    assert f"q_proj {min(spread)}-{max(spread)}" in str(core_summary(model))
+    assert f"q_proj {min(spread)}-{max(spread)}" in repr(core_summary(model))
     again = get_core(add_core(tiny(), LowRankCoreConfig(rank_pattern=said)))  # of weights that would say other ranks
     assert again.ranks == said
     loaded = architecture("llama").auto.from_pretrained(tmp_path, subfolder="core")

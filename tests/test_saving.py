@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -16,12 +17,22 @@ from architectures import architecture
 from common import arguments, difference, fit, rows, tiny, tokenizer, values
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.utils import is_torch_greater_or_equal
 
 from hf_masked import (
     DepthCoreConfig,
     MaskedTrainer,
+    SparseCoreConfig,
+    WidthCoreConfig,
     add_core,
     core_mode,
     core_summary,
@@ -305,6 +316,72 @@ def test_an_extracted_core_is_in_the_models_mode(config: Any) -> None:
     with core_mode(model):
         model.train()
         assert all(module.training for module in extract_core(model).modules())
+
+
+@pytest.mark.parametrize("coupling", ["free", "shared"])
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (LowRankCoreConfig, {"rank": 4}),
+        (LowRankCoreConfig, {"ranks": [2, 4]}),
+        (SparseCoreConfig, {"sparsity": 0.5}),
+        (DepthCoreConfig, {"keep": [0]}),
+        (WidthCoreConfig, {"neurons": [0.25, 0.5]}),
+    ],
+    ids=["low_rank", "ranks", "sparse", "depth", "widths"],
+)
+def test_save_pretrained_writes_what_loads_as_what_runs(
+    kind: Any, options: dict[str, Any], coupling: str, tmp_path: Path
+) -> None:
+    model = add_core(tiny(), kind(coupling=coupling, **options))
+    model.save_pretrained(tmp_path / "full")
+    full, told = AutoModelForCausalLM.from_pretrained(tmp_path / "full", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    torch.testing.assert_close(logits(full), logits(model))
+    get_core(model).model.save_pretrained(tmp_path / "core")
+    with core_mode(model):
+        model.save_pretrained(tmp_path / "inside")
+        expected = logits(model)
+    for where in ("core", "inside"):
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / where)), expected)
+    for name, rung in get_core(model).nested.items():
+        with core_mode(model, rung=rung):
+            model.save_pretrained(tmp_path / name)
+            expected = logits(model)
+        torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)), expected)
+    model.save_pretrained(tmp_path / "again")
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (tmp_path / "full" / "model.safetensors").read_bytes(), "core_mode left its own behind"
+    for made in (extract_core(model), merge_full(model), copy.deepcopy(model)):
+        made.save_pretrained(tmp_path / "made")
+    assert again == (tmp_path / "made" / "model.safetensors").read_bytes(), "a copy of both is as they are"
+
+
+def test_plain_trainer_of_a_shared_core_saves_and_takes_back_the_full_network(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    model = tiny(core="shared")
+    trainer = fit(tmp_path, model, Trainer, **options)
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+    torch.testing.assert_close(logits(last), logits(model), rtol=1e-4, atol=1e-4)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    trainer._load_best_model()
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    torch.testing.assert_close(logits(model), logits(first), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(first), logits(last), atol=1e-2)
+    with pytest.raises(ValueError, match=r"got state_dict= .*merge_full"):
+        model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+
+
+@pytest.mark.parametrize("config", [LowRankCoreConfig(rank=4), DepthCoreConfig(keep=[0])], ids=["low_rank", "depth"])
+def test_the_core_generates_as_the_full_network_is_told_to(config: Any, tmp_path: Path) -> None:
+    model = add_core(tiny(), config)
+    model.generation_config = GenerationConfig(max_length=13, do_sample=False, eos_token_id=None, pad_token_id=0)
+    export(model, tmp_path)
+    told = [json.loads((tmp_path / where / "generation_config.json").read_text()) for where in ("", "core")]
+    assert told[0] == told[1] and told[0]["max_length"] == 13
+    assert get_core(model).model.generate(IDS[:, :4]).shape[1] == 13
+    model.generation_config = GenerationConfig(max_length=7, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert extract_core(model).generate(IDS[:, :4]).shape[1] == 7
 
 
 def test_core_mode_refuses_a_second_thread() -> None:

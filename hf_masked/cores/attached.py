@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -54,7 +55,8 @@ def get_core(model: nn.Module, name: str | None = None) -> Any:
 
 
 def attach_core(model: PreTrainedModel, core: Core, name: str = DEFAULT_NAME) -> None:
-    """Make `core` the core of that name of `model`: a plain attribute `hf_masked_<name>`.
+    """Make `core` the core of that name of `model`: a plain attribute `hf_masked_<name>`. From now on `save_pretrained` of the
+    core network saves what loads as the core, that of a full network which shares its layers the merged one.
 
     Raises: ValueError where another core has its folder.
     """
@@ -68,6 +70,23 @@ def attach_core(model: PreTrainedModel, core: Core, name: str = DEFAULT_NAME) ->
     core.name, core.folder = name, folder
     core.made_for = _shapes(model)
     setattr(model, f"hf_masked_{name}", core)
+    # on the instances, which Transformers and Trainer ask; the classes stay as they are
+    vars(core.model)["save_pretrained"] = core.save_pretrained
+    if not core.full_is_plain:
+        vars(model)["save_pretrained"] = MethodType(_save_merged, model)
+
+
+def _save_merged(
+    full: PreTrainedModel, save_directory: str, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+) -> None:
+    """`save_pretrained` of a full network whose own tensors, B A + R, its class would not find: the merged one."""
+    if state_dict is not None:
+        raise ValueError(
+            "got state_dict= for a model with a core of coupling 'shared'; needs none, because its W = B A + R are merged before "
+            "they are saved; drop it, or save merge_full(model)"
+        )
+    merged: PreTrainedModel = next(iter(get_cores(full).values())).merge(full)
+    merged.save_pretrained(save_directory, is_main_process, **kwargs)
 
 
 def refuse_inside_core_mode(model: nn.Module, what: str) -> None:
@@ -149,7 +168,7 @@ def core_mode(model: PreTrainedModel, rung: Rung | None = None, name: str | None
 
     Args:
         rung: run a smaller core inside the core: one of its `nested`; of a low-rank core any rank, an int, or a fraction of
-            min(in_features, out_features), though what is saved then is the whole core: `extract_core(model, rung=...)` cuts it.
+            min(in_features, out_features).
         name: which of several cores.
 
     Raises: ValueError without a core, or for a rung that it does not hold; RuntimeError when another thread is inside, or

@@ -7,7 +7,6 @@ The core hangs on the full model as a plain attribute, not as a submodule, so `s
 distributed wrapper, or a stock `Trainer` of the full model see the full model and nothing else.
 """
 
-import copy
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,13 +20,15 @@ from transformers import PreTrainedModel
 
 from ..typed import check_types, json_object
 from ..types import Mask, StepInfo
-from .modules import named_tensors, without_autocast
+from .modules import named_tensors, plain_copy
 
 Rung = int | float | str  # a rank, or the name of a smaller core in `nested`
 Coupling = Literal["free", "shared"]
 ConfigType = TypeVar("ConfigType", bound="CoreConfig")
 # what core_mode exchanges: a core of other sizes has a configuration of its own, an adapter what PEFT notes
-_EXCHANGED = ("_modules", "_parameters", "_buffers", "config", "peft_config", "_hf_peft_config_loaded")
+_EXCHANGED = (
+    "_modules", "_parameters", "_buffers", "config", "peft_config", "_hf_peft_config_loaded", "save_pretrained",
+)  # fmt: skip
 # of the one core of a model, and what its metrics and folders are called by
 DEFAULT_NAME = "core"
 
@@ -150,7 +151,12 @@ class Core:
 
     def merge(self, full: PreTrainedModel) -> PreTrainedModel:
         """The full network as a plain model of the unchanged class, independent of the core."""
-        return without_autocast(copy.deepcopy(full, {id(v): None for v in vars(full).values() if isinstance(v, Core)}))
+        return plain_copy(full, {id(v): None for v in vars(full).values() if isinstance(v, Core)})
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the core so that it loads, in the first of `formats`: what `model.save_pretrained` does, whose own tensors under
+        the class's names would load as something else."""
+        self.extract(self.formats[0]).save_pretrained(*args, **kwargs)
 
     def write(self, folder: str | Path, core_format: str, max_shard_size: int | str = "50GB") -> None:
         """Save the core so that it loads from `folder`."""
@@ -226,7 +232,8 @@ class Core:
     # ---- what all kinds have in common ----
 
     def sync(self, full: nn.Module) -> None:
-        """Bring the core to the full network's device and dtypes, tensor by tensor, and tie again what `.to()` tore."""
+        """Bring the core to the full network's device and dtypes, tensor by tensor, and tie again what `.to()` tore; it generates
+        as the full network is told to."""
         theirs = self.counterparts(full)
         for name, mine in named_tensors(self.model).items():
             like = theirs.get(name, mine)
@@ -234,6 +241,8 @@ class Core:
                 mine.data = mine.data.to(like.device, like.dtype)
         for full_parameter, core_parameter in self.frozen:
             core_parameter.data = full_parameter.data
+        if (told := getattr(full, "generation_config", None)) is not None:
+            self.model.generation_config = told
 
     def own_parameters(self, full: PreTrainedModel) -> dict[str, nn.Parameter]:
         """The trainable parameters that the core does not share with the full network, by name in the core."""

@@ -185,6 +185,15 @@ class MergedLinear(nn.Module):
         remainder = self.R.T if self.transposed else self.R
         return F.linear(x, remainder, self.bias) + self.scale * F.linear(F.linear(x, A), B)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Of a plain layer's weight, which is what such a model saves, R takes what s B A leaves."""
+        if (plain := state_dict.pop(f"{prefix}weight", None)) is not None:
+            A, B = self.factors()
+            product = self.scale * (B @ A).detach()
+            remainder = plain.to(product) - (product.T if self.transposed else product)
+            state_dict.update({f"{prefix}R": remainder, f"{prefix}A": self.A, f"{prefix}B": self.B})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.A.shape[0]}"
 

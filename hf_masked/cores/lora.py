@@ -32,7 +32,7 @@ from .modules import (
     named_tensors,
     parameter_sites,
     parent_and_name,
-    without_autocast,
+    plain_copy,
 )
 from .rank_ladder import RankLadder
 
@@ -106,7 +106,7 @@ class LoraCore(RankLadder):
 
     def extract(self, core_format: str) -> PreTrainedModel:
         """The base model with the adapter in it; its `save_pretrained` writes the adapter alone."""
-        extracted: Any = without_autocast(copy.deepcopy(self.model))
+        extracted: Any = plain_copy(self.model)
         extracted.peft_config[ADAPTER_NAME] = self._peft_config()
         for path in self.layers if self.nested else ():
             layer = extracted.get_submodule(path)

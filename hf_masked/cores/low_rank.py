@@ -1,9 +1,8 @@
 """The low-rank core: every target linear map W of the full network becomes B A of rank r."""
 
-import copy
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,15 +21,13 @@ from .modules import (
     named_tensors,
     parameter_sites,
     parent_and_name,
+    plain_copy,
     running_statistics,
     say_untied,
     tied_parameters,
-    without_autocast,
 )
 from .rank_ladder import RankLadder
 from .targets import Site, find_sites
-
-CoreFormat = Literal["factorized", "dense"]
 
 
 class LowRankCore(RankLadder):
@@ -99,7 +96,7 @@ class LowRankCore(RankLadder):
         unchanged class, of the full model's size."""
         from ..loading import LowRankFormat  # loading.py needs this package, to put FactorizedLinear into a skeleton
 
-        extracted = without_autocast(copy.deepcopy(self.model))
+        extracted = plain_copy(self.model)
         extracted.requires_grad_(True)
         if self.untied and not tied_parameters(extracted):
             say_untied(extracted)

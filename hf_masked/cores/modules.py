@@ -96,12 +96,18 @@ def numel(parameters: Iterable[torch.Tensor]) -> int:
     return sum({id(p): p.numel() for p in parameters}.values())
 
 
-def without_autocast(model: PreTrainedModel) -> PreTrainedModel:
-    """Take off the forward that accelerate puts on a model for mixed precision."""
-    if "_original_forward" in vars(model):
-        del model._original_forward
-        vars(model).pop("forward", None)
-    return model
+def plain_copy(model: PreTrainedModel, memo: dict[int, Any] | None = None) -> PreTrainedModel:
+    """A copy without what hangs on the instance: the forward that accelerate puts there for mixed precision, and the
+    `save_pretrained` of a core or of a model that shares one.
+
+    Args: `memo`: as `copy.deepcopy` takes it.
+    """
+    copied = copy.deepcopy(model, {id(vars(model).get("save_pretrained")): None} | (memo or {}))
+    vars(copied).pop("save_pretrained", None)
+    if "_original_forward" in vars(copied):
+        del copied._original_forward
+        vars(copied).pop("forward", None)
+    return copied
 
 
 def freeze_shared(clone: nn.Module, shared: set[int]) -> list[tuple[nn.Parameter, nn.Parameter]]:

@@ -1,7 +1,6 @@
 """The sparse core: the full network's class with most weights zero. And what other cores of masked or rounded weights
 share: layers whose weight is a function of a whole one."""
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..masks.entries import kept_count, largest, largest_of_groups
 from .base import Core, CoreConfig, require
 from .grown import GrownMasks
 from .linear import put_dense
-from .modules import clone_structure, linear_at, named_tensors, tied_parameters, without_autocast
+from .modules import clone_structure, linear_at, named_tensors, plain_copy, tied_parameters
 from .semi_structured import to_semi_structured
 from .targets import find_targets
 
@@ -56,7 +55,7 @@ class ParametrizedCore(Core):
 
     def extract(self, core_format: str) -> PreTrainedModel:
         """A plain model of the unchanged class, f(W) written out."""
-        extracted = without_autocast(copy.deepcopy(self.model))
+        extracted = plain_copy(self.model)
         for path in self.targets:
             layer = linear_at(extracted, path)
             transposed = isinstance(layer, Conv1D)
