@@ -151,7 +151,7 @@ def test_distillation_changes_the_core_and_no_full_step(
     """One step of each: the teacher is detached, so the full network is that of a run without."""
     found = {}
     for weight in (0.0, 0.9):
-        config = LowRankCoreConfig(rank=4, coupling=coupling, init="random", split_at=99)
+        config = LowRankCoreConfig(rank=4, coupling=coupling, init="random", split_at=[])
         model = add_core(copy.deepcopy(teacher), config)
         watch = Watch(model)
         options = {"callbacks": [watch]}
