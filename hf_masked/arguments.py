@@ -12,7 +12,7 @@ from .cores import CORE_KINDS, CoreConfig, LowRankCoreConfig
 from .cores.base import DEFAULT_NAME
 from .launch import join_processes, refuse_deepspeed
 from .methods import fill_phases, summaries
-from .named_cores import OWN, NamedCore, parse_cores, turn_of
+from .named_cores import OWN, NamedCore, parse_cores, share_of
 from .plan import Plan
 from .schedules import CoreOnly, FullOnly, RideAlong, Sum, make_schedule
 from .typed import check_types, json_object
@@ -31,6 +31,14 @@ PAPER: dict[str, Any] = {
     "moments": "shared",
     "lr_curve": "shared",
 }
+
+
+def _as_number(value: Any) -> Any:
+    """A text that says a number as that: YAML reads 1e-1 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 @dataclass
@@ -177,6 +185,8 @@ class MaskedArgumentsMixin:
         refuse_deepspeed(self)
         join_processes(self)
         super().__post_init__()  # type: ignore[misc]
+        for name in ("core_loss_weight", "core_learning_rate_scale", "distill_weight", "distill_temperature"):
+            setattr(self, name, _as_number(getattr(self, name)))
         check_types(self, MaskedArgumentsMixin, lambda name: f"set --{name}")
         self._apply_preset()
         for name, legal in (_CHOICES | {"core": (*CORE_KINDS, "none")}).items():
@@ -274,7 +284,7 @@ class MaskedArgumentsMixin:
                     "schedule with such updates, because it would do nothing (those of sum are full ones); set apply_to "
                     "in --method_config, or --schedule"
                 )
-        return Plan(turn_of(name, list(named) if among is None else among, schedule, named), full, core)
+        return Plan(share_of(name, list(named) if among is None else among, schedule, named), full, core)
 
     def make_core_configs(self) -> dict[str, CoreConfig]:
         """Name -> configuration of every core that the fields describe."""

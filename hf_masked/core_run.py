@@ -5,7 +5,7 @@ from typing import Any
 
 from .cores import Core
 from .distillation import YieldingWeight
-from .named_cores import turn_of
+from .named_cores import share_of
 from .optimization import Stepper
 from .plan import Plan, within_core
 from .replay import Batch, ReplayBuffer
@@ -86,7 +86,7 @@ def make_runs(cores: dict[str, Core], plan: Plan | None, args: Any) -> tuple[Pla
     for name, core in cores.items():
         own = replace(plans[name], full=common.full)
         if plan is not None:
-            own = replace(own, schedule=turn_of(name, list(cores), plan.schedule, named))
+            own = replace(own, schedule=share_of(name, list(cores), plan.schedule, named))
         said = named[name].own if name in named else {}
         scale = said.get("core_learning_rate_scale", args.core_learning_rate_scale)
         runs.append(CoreRun(name=name, plan=within_core(own, core.update_mask()), learning_rate_scale=scale))

@@ -6,14 +6,17 @@ from typing import Any
 from torch import nn
 
 from .cores import Core, has_core
+from .plan import Plan
 from .schedules import FullOnly
 from .typed import without_common
 
 # what says how a core is trained, or what a plan says
 _OF_A_CORE = ("preset", "schedule", "moments")
-_OF_A_PLAN = (
-    "method", "method_config", "preset", "schedule", "core_loss_weight", "distill_weight", "distill_temperature",
-)  # fmt: skip
+_OF_A_PLAN = ("method", "method_config", "preset", "schedule")
+# and by what attribute of its core phase it says the same
+_OF_A_PHASE = {
+    "core_loss_weight": "loss_weight", "distill_weight": "distill_weight", "distill_temperature": "distill_temperature"
+}  # fmt: skip
 
 
 def refuse_other_cores(cores: dict[str, Core], args: Any) -> None:
@@ -63,12 +66,13 @@ def refuse_core_options(model: nn.Module, args: Any) -> None:
         )
 
 
-def refuse_beside_plan(args: Any) -> None:
-    """Refuse options that a plan= takes the place of.
+def refuse_beside_plan(plan: Plan, args: Any) -> None:
+    """Refuse options that a plan= takes the place of, and that say something else.
 
     Raises: ValueError.
     """
-    if said := _said(args, _OF_A_PLAN):
+    differing = [name for name, told in _OF_A_PHASE.items() if getattr(args, name, None) != getattr(plan.core, told)]
+    if said := _said(args, (*_OF_A_PLAN, *differing)):
         raise ValueError(
             f"got {said} beside plan=; needs one of them, because the plan's phases and schedule are what is trained by; put it into "
             "the plan, or drop plan="

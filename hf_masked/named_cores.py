@@ -7,7 +7,7 @@ from typing import Any
 
 from .cores import CORE_KINDS, CoreConfig, LowRankCoreConfig
 from .cores.attached import check_name
-from .schedules import FullOnly, RideAlong, Round
+from .schedules import FullOnly, RideAlong, RoundRobin
 from .typed import json_object
 from .types import Schedule
 
@@ -80,7 +80,7 @@ def _parse_core(values: Mapping[str, Any]) -> NamedCore:
     return NamedCore(CORE_KINDS[kind].from_dict(options), own)
 
 
-def turn_of(name: str | None, among: Sequence[str], schedule: Schedule, said: Mapping[str, NamedCore]) -> Schedule:
+def share_of(name: str | None, among: Sequence[str], schedule: Schedule, said: Mapping[str, NamedCore]) -> Schedule:
     """What the core of that name is trained in by a schedule of all cores in `among`; the schedule itself for no name.
 
     Args: `said`: of some or none of them, by name; a core of which no share is said has one of 1.
@@ -90,4 +90,4 @@ def turn_of(name: str | None, among: Sequence[str], schedule: Schedule, said: Ma
     if name is None or name not in among or len(among) == 1 or isinstance(schedule, RideAlong | FullOnly):
         return schedule
     shares = [said[other].own.get("share", 1) if other in said else 1 for other in among]
-    return Round(schedule, shares, list(among).index(name))
+    return RoundRobin(schedule, shares, list(among).index(name))

@@ -42,7 +42,7 @@ class RidingMixin(UpdateStepMixin):
             self._meter.saw_core_step()
         self._buffer(step)
         for run, phases in step.rides:
-            with self._turn_of(run):
+            with self._at_work_on(run):
                 self._ride(step, phases)
         if self.args.lr_curve == "shared" and not skipped:
             for stepper in others:

@@ -176,7 +176,7 @@ class FullOnly(NoSplit):
         return ("full",)
 
 
-class Round:
+class RoundRobin:
     """What one of several cores is trained in by a schedule whose core steps go round them, each as often as its share says.
 
     A core step goes to the core that is furthest behind its share of them, the first of equals; so after any number of core
@@ -189,7 +189,7 @@ class Round:
 
     Raises: ValueError for a schedule that trains both networks in one update.
 
-    >>> [Round(Alternate(core_steps=3), [2, 1], place)(StepInfo(t, 4))[0] for place in (0, 1) for t in (1, 2, 3)]
+    >>> [RoundRobin(Alternate(core_steps=3), [2, 1], place)(StepInfo(t, 4))[0] for place in (0, 1) for t in (1, 2, 3)]
     ['core', 'full', 'core', 'full', 'core', 'full']
     """
 

@@ -18,7 +18,7 @@ from .arguments import MaskedArgumentsMixin
 from .audit import Audit
 from .core_run import CoreRun, make_runs
 from .cores import Core, add_core, get_core, get_cores, has_core
-from .cores.attached import refuse_changed
+from .cores.attached import detach_cores, refuse_changed
 from .cores.modules import unwrap
 from .diagnostics import Coverage
 from .diagnostics_report import DiagnosticsReport
@@ -83,7 +83,12 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         self._coverage = Coverage()
         self._begin_run(buffer=0)
         self._given_plan = plan
-        self._plan_run()
+        brought = list(get_cores(self.model))
+        try:
+            self._plan_run()
+        except BaseException:
+            detach_cores(self.model, but=brought)  # what is refused leaves the model as it was given
+            raise
         self._audit = Audit(self._on_any_process) if getattr(args, "audit", False) else None
         if getattr(args, "diagnostics_steps", 0):
             self.add_callback(DiagnosticsReport(self._coverage))
@@ -115,7 +120,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         elif _asks_for_cores(args):
             self._add_cores(self.model)
         if plan is not None:
-            refuse_beside_plan(args)
+            refuse_beside_plan(plan, args)
         if not has_core(self.model):
             refuse_core_options(self.model, args)
             if plan is None and getattr(args, "method", None):
@@ -147,7 +152,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
             refuse_rungs(cores[run.name], run.plan, args)
         refuse_meaningless(self.plan.full, self._trained(self.plan.full), args)
         for run in self._cores:
-            with self._turn_of(run):
+            with self._at_work_on(run):
                 refuse_meaningless(run.phase, self._trained(run.phase), args)
             if self.args.max_steps > 0:
                 run.plan.validate(self.args.max_steps, args.mask_seed)
@@ -186,7 +191,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         return get_core(self.model, self._core.name if self._cores else None)
 
     @contextmanager
-    def _turn_of(self, run: CoreRun) -> Iterator[None]:
+    def _at_work_on(self, run: CoreRun) -> Iterator[None]:
         """Inside, this core is the one that is trained."""
         held, self._core = self._core, run
         try:

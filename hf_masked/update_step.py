@@ -92,11 +92,11 @@ class UpdateStepMixin(WatchedStepMixin):
         rides = [(run, run.rides(info)) for run in self._cores]
         self._step = step = UpdateStep(info, plan.phases(info)[0], [(run, phases) for run, phases in rides if phases])
         if self._joint:
-            self._take_turn(step, inputs)
+            self._split_and_use(step, inputs)
         self._begin_watch()
         self._hold_still(step.phase)
 
-    def _take_turn(self, step: UpdateStep, inputs: Any) -> None:
+    def _split_and_use(self, step: UpdateStep, inputs: Any) -> None:
         """Split the cores that this step asks for, and let the network that is trained step its own optimizer.
 
         Args: `inputs` of the step's first microbatch, which a core may look at before it is split.
@@ -105,7 +105,7 @@ class UpdateStepMixin(WatchedStepMixin):
         self._full.note_rate()
         for run in self._cores:
             if step.info.step in run.splits:
-                with self._turn_of(run):
+                with self._at_work_on(run):
                     self._show_inputs(inputs)
                 renewed = split(self.model, name=run.name)
                 for stepper in (run, self._full):

@@ -109,6 +109,16 @@ def test_parses_from_yaml_and_json(kind: type, text: bool, tmp_path: Path) -> No
     check(HfArgumentParser(kind).parse_yaml_file(str(tmp_path / "args.yaml"))[0])
 
 
+def test_yaml_writes_numbers_as_texts(tmp_path: Path) -> None:
+    """1e-1 is text to YAML, where Trainer's own fields take it; what is no number is refused by name."""
+    (tmp_path / "args.yaml").write_text(f"output_dir: {tmp_path}\nreport_to: none\ndistill_weight: 1e-1\n")
+    assert (
+        HfArgumentParser(MaskedTrainingArguments).parse_yaml_file(str(tmp_path / "args.yaml"))[0].distill_weight == 0.1
+    )
+    with pytest.raises(ValueError, match="got distill_weight='much'; needs float"):
+        arguments(tmp_path, distill_weight="much")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trips(kind: type, tmp_path: Path) -> None:
     args = kind(output_dir=str(tmp_path), report_to="none", **GIVEN)

@@ -53,7 +53,7 @@ def test_options_beside_a_plan_are_refused(options: dict[str, Any], tmp_path: Pa
     given = {"train_dataset": rows(), "plan": Plan(Alternate())}
     with pytest.raises(ValueError, match=rf"got {next(iter(options))}=.* beside plan=; needs one of them"):
         MaskedTrainer(tiny(core="free"), arguments(tmp_path, **options), **given)
-    MaskedTrainer(tiny(core="free"), arguments(tmp_path, distill_buffer=4), **given)
+    MaskedTrainer(tiny(core="free"), arguments(tmp_path, distill_buffer=4, distill_weight=0.0), **given)
 
 
 @pytest.mark.parametrize("schedule", [Alternate(full_steps=10), RideAlong(start=10)], ids=str)
@@ -82,6 +82,21 @@ def test_a_split_that_the_run_does_not_come_to_is_refused(options: dict[str, Any
     with pytest.raises(ValueError, match=r"got split_\w+=.* for 5 update steps"):
         MaskedTrainer(tiny(core="free", **options), by_epoch, train_dataset=rows()).train()
     MaskedTrainer(tiny(core="free", split_at=5), arguments(tmp_path), train_dataset=rows())
+
+
+@pytest.mark.parametrize(
+    "options", [LOW_RANK, {"cores": {"small": {"rank": 4}, "shallow": {"kind": "depth"}}}], ids=["core", "cores"]
+)
+def test_a_refused_run_leaves_the_model_as_it_was(options: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match="at least once"):
+        never = {"name": "alternate", "full_steps": 10}
+        MaskedTrainer(model, arguments(tmp_path, schedule=never, **options), train_dataset=rows())
+    assert not has_core(model)
+    assert has_core(MaskedTrainer(model, arguments(tmp_path, **options), train_dataset=rows()).model)
+    with pytest.raises(ValueError, match="at least once"):
+        MaskedTrainer(model, arguments(tmp_path, schedule=never, **options), train_dataset=rows())
+    assert has_core(model), "a core that it had stays"
 
 
 def test_an_adapter_around_a_model_with_a_core_is_refused(tmp_path: Path) -> None:

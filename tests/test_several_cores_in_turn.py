@@ -26,7 +26,7 @@ from hf_masked import (
 )
 from hf_masked.masks import TopK
 from hf_masked.reference import autograd_gradient, partial_sgd_step
-from hf_masked.schedules import Alternate, Random, Round, make_schedule
+from hf_masked.schedules import Alternate, Random, RoundRobin, make_schedule
 
 SMALL = {"kind": "low_rank", "rank": 4, "share": 2, "distill_weight": 0.7}
 SHALLOW = {"kind": "depth", "keep": [0], "core_learning_rate_scale": 1.0}
@@ -39,7 +39,7 @@ SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 @pytest.mark.parametrize("schedule", [Alternate(2, 1), Random(0.6), make_schedule("core_only")], ids=repr)
 def test_every_core_has_its_share_of_the_core_steps_to_within_one(schedule: Any, shares: list[float]) -> None:
     steps, seed = 60, 3
-    own = [Round(schedule, shares, place) for place in range(len(shares))]
+    own = [RoundRobin(schedule, shares, place) for place in range(len(shares))]
     given, count = [0] * len(shares), 0
     for info in (StepInfo(t, steps, seed) for t in range(steps)):
         trained = [place for place, one in enumerate(own) if one(info) == ("core",)]
@@ -51,7 +51,7 @@ def test_every_core_has_its_share_of_the_core_steps_to_within_one(schedule: Any,
             abs(had - share / sum(shares) * count) <= 1 + 1e-9 for had, share in zip(given, shares, strict=True)
         )
     assert all(given), "some core is never trained"
-    assert [one(StepInfo(7, steps, seed)) for one in own] == [Round(schedule, shares, p)(StepInfo(7, steps, seed))
+    assert [one(StepInfo(7, steps, seed)) for one in own] == [RoundRobin(schedule, shares, p)(StepInfo(7, steps, seed))
                                                              for p in range(len(shares))]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import keyword
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -87,6 +87,13 @@ def _save_merged(
         )
     merged: PreTrainedModel = next(iter(get_cores(full).values())).merge(full)
     merged.save_pretrained(save_directory, is_main_process, **kwargs)
+
+
+def detach_cores(model: nn.Module, but: Collection[str]) -> None:
+    """Take off all cores but these, other than those that are part of the full network."""
+    for name, core in get_cores(model).items():
+        if name not in but and core.full_is_plain:
+            delattr(unwrap(model), f"hf_masked_{name}")
 
 
 def refuse_inside_core_mode(model: nn.Module, what: str) -> None:
