@@ -131,7 +131,9 @@ def train(model: Any, folder: Path, plan: Plan | None = None, **changes: Any) ->
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
     }
-    args = arguments(folder, **sgd | {"distill_weight": 0.0, "core_learning_rate_scale": 1.0} | changes)
+    # a plan says for itself what core steps learn from
+    untaught = {} if plan is not None else {"distill_weight": 0.0}
+    args = arguments(folder, **sgd | untaught | {"core_learning_rate_scale": 1.0} | changes)
     trainer = MaskedTrainer(model, args, plan=plan, train_dataset=labelled(), data_collator=collate)
     watch = Watch(model) if hasattr(model, "hf_masked_core") else None
     if watch is not None:
