@@ -188,7 +188,7 @@ def test_summary_card_and_a_name_of_its_own(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"ranks": [4, 2]}, "increasing"),
-        ({"ranks": [0.5, 1.0]}, "another type|integers"),
+        ({"ranks": [0.5, 1.0]}, r"needs list\[int\]"),
         ({"ranks": [2, 4], "r": 4}, "none beside ranks"),
         ({"ranks": [2, 4], "rank_pattern": {"q_proj": 2}}, "none beside ranks"),
         ({"ranks": [2, 4], "rung_sampling": "dice"}, "rung_sampling"),
