@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import evaluate
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
@@ -47,6 +48,7 @@ GLUE_COLUMNS = {
     "sst2": ("sentence", None),
     "wnli": ("sentence1", "sentence2"),
 }
+Judge = evaluate.EvaluationModule
 CACHE_KEYS = ("text_column", "text_pair_column", "label_column", "max_length", "max_train_samples", "max_eval_samples")
 
 
@@ -63,6 +65,13 @@ class ClassificationArguments(RecipeArguments):
     text_pair_column: str | None = field(default=None, metadata={"help": "Column with the second text of a pair."})
     label_column: str = field(default="label", metadata={"help": "Column with the class, a number or a name."})
     max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+    evaluate_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "Beside accuracy and F1, a metric of the evaluate library: a name on the Hub (matthews_correlation, or glue for "
+            "that of the task), whose code is downloaded and run, or a Python file of your own."
+        },
+    )
     methods: list[str] | None = field(
         default=None,
         metadata={"help": "Without a core: fine-tune once with each of these methods. Default: --method alone."},
@@ -168,31 +177,52 @@ def new_model(seed: int, args: ClassificationArguments, names: list[str]) -> Pre
     )
 
 
-def class_scores(predicted: np.ndarray, labels: np.ndarray) -> Scores:
-    """Accuracy, and the mean over classes of F1, both from 0 to 1."""
+def load_metric(args: ClassificationArguments) -> tuple[Judge | None, list[str]]:
+    """What computes the metric that is asked for, and the names of its scores.
+
+    Raises: ValueError for one that cannot be loaded, or gives no numbers for classes.
+    """
+    if args.evaluate_metric is None:
+        return None, []
+    config = args.dataset_config_name if args.evaluate_metric == "glue" else None
+    try:
+        judge = evaluate.load(args.evaluate_metric, config, keep_in_memory=True)
+        scores = judge.compute(predictions=[0, 1, 1], references=[0, 1, 0])
+    except Exception as error:
+        raise ValueError(
+            f"got evaluate_metric={args.evaluate_metric!r}; needs a metric of predicted classes, because {type(error).__name__}: "
+            f"{error}; set --evaluate_metric"
+        ) from error
+    return judge, [name for name, value in scores.items() if isinstance(value, int | float)]
+
+
+def class_scores(predicted: np.ndarray, labels: np.ndarray, judge: Judge | None = None) -> Scores:
+    """Accuracy, and the mean over classes of F1, both from 0 to 1, and what `judge` says."""
     f1 = []
     for label in np.union1d(labels, predicted):
         hits = np.sum((predicted == label) & (labels == label))
         f1.append(2 * hits / (np.sum(predicted == label) + np.sum(labels == label)))
-    return {"accuracy": float(np.mean(predicted == labels)), "f1": float(np.mean(f1))}
+    told = {} if judge is None else judge.compute(predictions=predicted.tolist(), references=labels.tolist())
+    numbers = {name: float(value) for name, value in told.items() if isinstance(value, int | float)}
+    return numbers | {"accuracy": float(np.mean(predicted == labels)), "f1": float(np.mean(f1))}
 
 
-def compute_metrics(prediction: Any) -> Scores:
+def compute_metrics(prediction: Any, judge: Judge | None = None) -> Scores:
     """Scores of what the trainer predicted."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return class_scores(logits.argmax(-1), prediction.label_ids)
+    return class_scores(logits.argmax(-1), prediction.label_ids, judge)
 
 
 @torch.no_grad()
-def score(model: Any, rows: Dataset, collator: Any, batch_size: int) -> Scores:
-    """Loss, accuracy and F1 over `rows`."""
+def score(model: Any, rows: Dataset, collator: Any, batch_size: int, judge: Judge | None = None) -> Scores:
+    """Loss and the scores of classes over `rows`."""
     predicted, total = [], 0.0
     for start in range(0, len(rows), batch_size):
         batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows)))))).to(model.device)
         outputs = model(**batch)
         predicted += outputs.logits.argmax(-1).tolist()
         total += outputs.loss.item() * len(outputs.logits)
-    return {"loss": total / len(rows), **class_scores(np.array(predicted), np.array(rows["labels"][:]))}
+    return {"loss": total / len(rows), **class_scores(np.array(predicted), np.array(rows["labels"][:]), judge)}
 
 
 def sample(model: Any, rows: Dataset, collator: Any) -> str:
@@ -228,6 +258,8 @@ def main(argv: list[str]) -> None:
     names = splits["train"].features["labels"].names
     report = splits.get("test", splits["validation"])
     collator = DataCollatorWithPadding(tokenizer)
+    judge, judged = load_metric(args)
+    shown = dict.fromkeys(("accuracy", "f1", *judged))
     task = Task(
         name=f"Text classification on {args.dataset_name}",
         train=splits["train"],
@@ -238,10 +270,12 @@ def main(argv: list[str]) -> None:
         trainer_class=MaskedTrainer,
         auto_class=AutoModelForSequenceClassification,
         new_model=partial(new_model, args=args, names=names),
-        metrics=(Metric("accuracy", "accuracy", 4), Metric("f1", "F1", 4), Metric("loss", "loss", 4)),
-        score=partial(score, rows=report, collator=collator, batch_size=training_args.per_device_eval_batch_size),
+        metrics=[Metric(name, "F1" if name == "f1" else name, 4) for name in (*shown, "loss")],
+        score=partial(
+            score, rows=report, collator=collator, batch_size=training_args.per_device_eval_batch_size, judge=judge
+        ),
         sample=partial(sample, rows=report, collator=collator),
-        compute_metrics=compute_metrics,
+        compute_metrics=partial(compute_metrics, judge=judge),
     )
     if training_args.core not in (None, "none") or training_args.cores is not None:
         run_recipe(task, args, training_args)

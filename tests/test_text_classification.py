@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 from kit.tokenizer import train_tokenizer
 from safetensors.torch import load_file
 from test_recipes import run
-from text_classification import ClassificationArguments, class_scores
+from text_classification import ClassificationArguments, class_scores, load_metric
 from transformers import BertConfig, BertForSequenceClassification
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -81,6 +82,45 @@ def test_scores_follow_their_definition() -> None:
     """Of 4 rows of class 0 and 2 of class 1: F1 = 2 tp / (2 tp + fp + fn), 6/8 and 2/4."""
     found = class_scores(np.array([0, 0, 0, 1, 1, 0]), np.array([0, 0, 0, 0, 1, 1]))
     assert found == pytest.approx({"accuracy": 4 / 6, "f1": (6 / 8 + 2 / 4) / 2})
+
+
+METRIC = """
+import datasets
+import evaluate
+
+
+class Errors(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"errors": sum(p != r for p, r in zip(predictions, references)), "which": [1, 2]}
+"""
+
+
+def test_a_metric_of_the_evaluate_library_is_a_column(inputs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "errors.py").write_text(METRIC)
+    flags = ["--evaluate_metric", str(tmp_path / "errors.py"), "--core", "low_rank", "--core_config", '{"rank": 4}']
+    run("text_classification.py", *inputs, *flags, "--output_dir", str(tmp_path / "out"))
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| accuracy |" in table.replace("  ", "") and "errors |" in table and "which" not in table
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for network in results["networks"]:
+        rows, accuracy = 200 // 10, network["scores"]["accuracy"]
+        assert network["scores"]["errors"] == pytest.approx(round((1 - accuracy) * rows))
+
+
+def test_a_metric_that_is_none_is_refused(tmp_path: Path) -> None:
+    args = ClassificationArguments("rows", evaluate_metric=str(tmp_path / "nowhere.py"), model_name_or_path="model")
+    with pytest.raises(
+        ValueError, match=r"got evaluate_metric=.*nowhere.*needs a metric of predicted classes.*--evaluate"
+    ):
+        load_metric(args)
+    (tmp_path / "errors.py").write_text(METRIC)
+    judge, names = load_metric(replace(args, evaluate_metric=str(tmp_path / "errors.py")))
+    assert names == ["errors"]
+    assert class_scores(np.array([0, 1, 1]), np.array([1, 1, 1]), judge)["errors"] == 1
 
 
 @pytest.mark.parametrize(
