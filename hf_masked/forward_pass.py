@@ -108,13 +108,13 @@ class ForwardPassMixin(JointHooks):
             # on batches that neither network has seen: on known ones the losses say who knows them better by heart
             self._core.yielding.see(loss, teaching.loss)
         weight = self._core.yielding.weight(phase.distill_weight)
-        kind, shifted = self._kind_of(batch, logits), self._shifts(batch, logits)
+        kind, shifted = self._kind_of(batch, logits), self._shifts(batch, logits, num_items)
         return distill(loss, logits, batch, teaching, phase.distill_temperature, weight, shifted, items, kind)
 
     def _kind_of(self, inputs: Any, logits: torch.Tensor) -> Outputs:
         return kind_of_outputs(inputs, logits, getattr(unwrap(self.model).config, "problem_type", None))
 
-    def _shifts(self, inputs: dict[str, Any], logits: torch.Tensor) -> bool:
+    def _shifts(self, inputs: dict[str, Any], logits: torch.Tensor, num_items: Any) -> bool:
         """Whether the label loss compares position i with label i + 1: then the first label makes no difference to it.
 
         Asked of the loss itself, which no name or base of a class tells for all of them.
@@ -133,7 +133,10 @@ class ForwardPassMixin(JointHooks):
             training, seed = network.training, self._now().info.random_seed("shifted")
             network.eval()
             with torch.no_grad(), own_random_stream(seed, self.args.device), self._host_metrics_apart():
-                one, none = (loss_of(network, inputs | {"labels": labels}) for labels in (first, ignored))
+                one, none = (
+                    loss_of(network, inputs | {"labels": labels}, num_items_in_batch=num_items)
+                    for labels in (first, ignored)
+                )
             network.train(training)
             # without a label at all it is not a number, or what else is added to it, such as that of a router
             self._shifted = torch.allclose(one, none, rtol=1e-3, equal_nan=True)

@@ -180,7 +180,7 @@ def test_gradient_checkpointing_does_not_matter(schedule: Any, coupling: str, tm
         model = tiny("gpt2", dropout=0.2, core=coupling)
         count = [0]
         layer = get_core(model).model.get_submodule("transformer.h.0.mlp")
-        layer.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        layer.register_forward_pre_hook(lambda mlp, _, count=count: count.__setitem__(0, count[0] + mlp.training))
         fit(tmp_path, model, schedule=schedule, gradient_checkpointing=on)
         found.append({"full": values(model), "core": values(get_core(model).model)})
         calls.append(count[0])

@@ -213,7 +213,12 @@ def kill_until_done(
     whole: set[str] = set()
     newest = 0
     while sum(moments.values()) < kills and not lost:
-        if not attempt(folder, name, page, draw, kind):
+        try:
+            killed = attempt(folder, name, page, draw, kind)
+        except AssertionError as error:
+            lost.append(f"{get_last_checkpoint(folder)}: {error}")
+            break
+        if not killed:
             # done before the moment came: begin anew, so that there is something to kill
             shutil.rmtree(folder)
             newest = 0
