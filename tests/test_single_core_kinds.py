@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ from hf_masked import (
     get_core,
 )
 from hf_masked.cores import CORE_KINDS
+from hf_masked.cores.units import unit_cuts
 
 # --- what each kind says of itself --------------------------------------------------------------------------------------
 
@@ -147,6 +149,24 @@ def test_a_process_without_hf_masked_loads_every_core(tmp_path: Path) -> None:
     folders = [str(tmp_path / kind.name) for kind in ALL]
     run = subprocess.run([sys.executable, "-c", STOCK, *folders], env=env, capture_output=True, text=True, timeout=120)
     assert run.stdout.splitlines() == expected, run.stderr
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "mixtral"])
+def test_what_is_cut_is_what_the_tensor_parallel_plan_splits(name: str) -> None:
+    """Found from the shapes of a smaller model, told by Transformers: rows of what is column-wise, columns of what is row-wise."""
+    model = architecture(name).build()
+    plan = {
+        path: style
+        for path, style in model._tp_plan.items()
+        if style.endswith(("colwise", "rowwise")) and "layers" in path
+    }
+    told: dict[str, int] = {}
+    for cut in unit_cuts(model):
+        tensor = model.get_parameter(cut.name)
+        path = re.sub(r"\.\d+\.", ".*.", cut.name).removesuffix(".weight")
+        assert told.setdefault(path, cut.dim - tensor.ndim) == cut.dim - tensor.ndim
+    assert told == {path: -1 if style.endswith("rowwise") else -2 for path, style in plan.items()}
+    assert len(plan) >= 6
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------
