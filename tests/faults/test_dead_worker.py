@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -80,11 +81,11 @@ def start(folder: Path) -> list[subprocess.Popen[str]]:
     [
         pytest.param(1, signal.SIGKILL, "by peer", id="dead"),
         pytest.param(0, signal.SIGKILL, "by peer", id="dead first", marks=pytest.mark.slow),
-        pytest.param(1, signal.SIGSTOP, f"Timed out waiting {PATIENCE}000ms", id="hanging"),
+        pytest.param(1, signal.SIGSTOP, f"Timed out waiting {PATIENCE}000ms|Application timeout", id="hanging"),
     ],
 )
 def test_the_other_worker_ends(lost: int, sent: signal.Signals, reason: str, tmp_path: Path) -> None:
-    """At once where its connection closes or is reset, else after --ddp_timeout."""
+    """At once where its connection closes or is reset, else after --ddp_timeout, of which gloo has two sentences."""
     workers = start(tmp_path)
     try:
         beat, until = tmp_path / f"beat_{lost}", time.monotonic() + 240
@@ -99,5 +100,5 @@ def test_the_other_worker_ends(lost: int, sent: signal.Signals, reason: str, tmp
             worker.kill()
             worker.wait()
     said = (tmp_path / f"errors_{1 - lost}").read_text()
-    assert reason in said, said[-2000:]
+    assert re.search(reason, said), said[-2000:]
     assert int((last_complete_checkpoint(str(tmp_path / "run")) or "-0").rpartition("-")[2]) >= 4
