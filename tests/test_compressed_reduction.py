@@ -10,7 +10,7 @@ import pytest
 import torch
 from common import fit, tiny, values
 from safetensors.torch import load_file
-from two_processes import apart, handed, run_two
+from two_processes import apart, handed, run_processes
 
 from hf_masked import Plan
 from hf_masked.compressed_reduction import CompressedReduction
@@ -79,7 +79,7 @@ PartialState().destroy_process_group()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_two(SCRIPT, tmp_path_factory.mktemp("compressed"))
+    return run_processes(SCRIPT, tmp_path_factory.mktemp("compressed"))
 
 
 def written_out(batches: list[dict[str, torch.Tensor]], feedback: bool) -> dict[str, torch.Tensor]:

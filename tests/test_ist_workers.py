@@ -11,7 +11,7 @@ import torch
 from common import tiny, values
 from method_reference import adamw
 from safetensors.torch import load_file
-from two_processes import apart, handed, run_two
+from two_processes import apart, handed, run_processes
 
 from hf_masked import StepInfo
 from hf_masked.perturbations.subnets import Subnets
@@ -83,7 +83,7 @@ Batches = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_two(SCRIPT, tmp_path_factory.mktemp("workers"))
+    return run_processes(SCRIPT, tmp_path_factory.mktemp("workers"))
 
 
 def dealt() -> Subnets:

@@ -7,14 +7,12 @@ process and per microbatch, with nothing communicated.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_processes import run_processes
 
 SCRIPT = """
 import json, os, sys
@@ -62,7 +60,6 @@ for name, options in runs.items():
 PartialState().wait_for_everyone()
 PartialState().destroy_process_group()
 """
-TESTS = Path(__file__).resolve().parent
 
 
 NAMES = [
@@ -70,23 +67,11 @@ NAMES = [
 ]  # fmt: skip
 
 
-def launch(folder: Path, processes: int) -> None:
-    script = folder / "train.py"
-    script.write_text(SCRIPT)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore"]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    run = subprocess.run([*command, str(script), str(folder)], env=env, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("processes")
-    launch(made, processes=1)
-    launch(made, processes=2)
-    return made
+    run_processes(SCRIPT, made, processes=1)
+    return run_processes(SCRIPT, made)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""A script run by two gloo processes, and what their tests look at."""
+"""A script run by gloo processes, and what tests of two look at."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import torch
 TESTS = Path(__file__).resolve().parent
 
 
-def run_two(script: str, folder: Path) -> Path:
-    """Run it on two processes, with the folder as its argument; returns the folder."""
+def run_processes(script: str, folder: Path, processes: int = 2, timeout: float = 600) -> Path:
+    """Run it, by torchrun where there are several processes, with the folder as its argument; returns the folder."""
     (folder / "train.py").write_text(script)
     paths = (TESTS.parent, TESTS, TESTS / "devices", TESTS / "faults")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, "-W", "ignore"]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run = subprocess.run(
-        [*command, str(folder / "train.py"), str(folder)], env=env, capture_output=True, text=True, timeout=600
+        [*command, str(folder / "train.py"), str(folder)], env=env, capture_output=True, text=True, timeout=timeout
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return folder

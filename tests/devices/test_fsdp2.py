@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,12 @@ import torch
 from common import fit, rows, tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
+from two_processes import run_processes
 
 from hf_masked import MaskedTrainer, merge_full
 from hf_masked.parts import own_part, parameters_of
 
 pytest.importorskip("transformers.distributed", reason="this transformers shards nothing by itself")
-ROOT = Path(__file__).resolve().parents[2]
 LOW: dict[str, Any] = {"core": "low_rank", "core_config": {"rank": 4}}
 RIDE = {"name": "ride_along", "core_updates": 1.5, "start": 1}
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1}
@@ -193,15 +190,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(masks, made / "mask.safetensors")
     for name in RUNS:
         export_run(made / "one" / name, AutoModelForCausalLM.from_pretrained(made / "model"), name, processes=1)
-    (made / "train.py").write_text(SCRIPT)
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "devices")))
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, str(made / "train.py"), str(made)], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return made
+    return run_processes(SCRIPT, made)
 
 
 def files(folder: Path) -> dict[str, Path]:

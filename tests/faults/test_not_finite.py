@@ -10,7 +10,7 @@ import pytest
 import torch
 from common import fit, tiny, values
 from transformers import TrainerCallback
-from two_processes import run_two
+from two_processes import run_processes
 
 from hf_masked import get_core
 
@@ -115,7 +115,7 @@ PartialState().destroy_process_group()
 
 def test_one_process_that_meets_it_is_enough(tmp_path: Path) -> None:
     """Its loss is NaN on the second of two: both skip the update, say so, and end alike."""
-    run_two(SCRIPT, tmp_path)
+    run_processes(SCRIPT, tmp_path)
     first, second = (json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and len(first) == 8
     for name, run in first.items():

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from common import difference, fit, tiny
 from safetensors.torch import load_file
+from two_processes import run_processes
 
-ROOT = Path(__file__).resolve().parents[2]
 OPTIONS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "per_device_train_batch_size": 2}
 OPTIONS["schedule"] = {"name": "ride_along", "core_updates": 3, "start": 2}
 SCRIPT = """
@@ -52,15 +49,7 @@ PartialState().destroy_process_group()
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("processes")
     fit(made / "alone", tiny("gpt2", core="free"), **OPTIONS)
-    (made / "train.py").write_text(SCRIPT)
-    paths = [ROOT, ROOT / "tests", ROOT / "tests" / "faults"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run(
-        [*command, str(made / "train.py"), str(made)], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return made
+    return run_processes(SCRIPT, made, timeout=900)
 
 
 def end_of(folder: Path) -> dict[str, Any]:
