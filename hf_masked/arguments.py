@@ -214,6 +214,11 @@ class MaskedArgumentsMixin:
         self.make_plan()
         self.make_core_configs()
 
+    @property
+    def wants_cores(self) -> bool:
+        """Whether the fields ask for a core, or several; a model may bring its own."""
+        return self.core not in (None, "none") or self.cores is not None
+
     def _check_cores(self) -> None:
         if self.cores is None:
             if self.core is None and self.core_config is not None:

@@ -89,24 +89,34 @@ def updates_of(plan: Plan, network: Network, max_steps: int, seed: int, curve: s
 def split_steps(config: Any, schedule: Schedule, max_steps: int, seed: int) -> set[int]:
     """The update steps before which the core is split anew from the full network.
 
-    Raises: ValueError where the run ends before one that `config` names.
+    Raises: as `refuse_late_splits`.
     """
     if config.split_at is None and config.split_every is None:
         said = getattr(schedule, "split_step", None)
         step = said(max_steps) if said is not None else Plan(schedule).first_ride(max_steps, seed)
         return set() if step is None else {step}
-    given = config.split_at if isinstance(config.split_at, list) else [config.split_at]
-    steps = {resolve_step(at, max_steps) for at in given if at is not None}
-    for name, value, first in (
-        ("split_at", config.split_at, max(steps, default=0)),
-        ("split_every", config.split_every, config.split_every or 0),
-    ):
-        if first >= max_steps:
+    refuse_late_splits(config, max_steps)
+    every = set(range(config.split_every, max_steps, config.split_every)) if config.split_every else set()
+    return _split_at(config, max_steps) | every
+
+
+def refuse_late_splits(config: Any, max_steps: int) -> None:
+    """Refuse a core that is to be split at steps that the run does not come to.
+
+    Raises: ValueError.
+    """
+    latest = {"split_at": max(_split_at(config, max_steps), default=0), "split_every": config.split_every or 0}
+    for name, step in latest.items():
+        if step >= max_steps:
             raise ValueError(
-                f"got {name}={value} for {max_steps} update steps; needs less, because the core would not be split there, nor where the "
-                "schedule starts it; set it in --core_config, [] for a core that is never split"
+                f"got {name}={getattr(config, name)} for {max_steps} update steps; needs less, because the core would not be split "
+                "there, nor where the schedule starts it; set it in --core_config, [] for a core that is never split"
             )
-    return steps | (set(range(config.split_every, max_steps, config.split_every)) if config.split_every else set())
+
+
+def _split_at(config: Any, max_steps: int) -> set[int]:
+    given = config.split_at if isinstance(config.split_at, list) else [config.split_at]
+    return {resolve_step(at, max_steps) for at in given if at is not None}
 
 
 def refuse_no_split(core: Any, schedule: Schedule) -> None:

@@ -56,7 +56,6 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     A forward pass without a backward (an evaluation) leaves some modules of a sharded model with whole parameters in their place.
     """
     for module in model.modules():
-        reshard: Any = getattr(module, "reshard", None)
-        if reshard is not None:
-            reshard()
+        if hasattr(type(module), "reshard"):  # asked of the class: a module looks through its tables for what it lacks
+            module.reshard()  # type: ignore[operator]
     yield from model.named_parameters()

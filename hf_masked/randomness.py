@@ -20,9 +20,8 @@ def random_state(device: torch.device, beside: Any = None) -> Callable[[], Any]:
         partial(np.random.set_state, np.random.get_state()),
         partial(torch.set_rng_state, torch.get_rng_state()),
     ]
-    if device.type != "cpu":
-        module = torch.get_device_module(device)
-        restores.append(partial(module.set_rng_state, module.get_rng_state(device), device))
+    if (streams := device_streams(device)) is not None:
+        restores.append(partial(streams.set_rng_state, streams.get_rng_state()))
     restores += [_restore(generator) for generator in _generators(beside)]
 
     def put_back() -> None:
@@ -30,6 +29,12 @@ def random_state(device: torch.device, beside: Any = None) -> Callable[[], Any]:
             restore()
 
     return put_back
+
+
+def device_streams(device: torch.device) -> Any:
+    """What has the random stream of a device, None for the processor's, which torch's own is."""
+    module = getattr(torch, device.type, None)
+    return module if device.type != "cpu" and hasattr(module, "get_rng_state") else None
 
 
 def _generators(holder: Any, depth: int = 3) -> Iterator[Any]:

@@ -28,15 +28,16 @@ class JointReportingMixin(JointHooks):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
+        cores = get_cores(self.model)
+        inside = any(core.active_thread is not None for core in cores.values())
+        alone = not self._joint or self._evaluating_core or inside
         # each core is evaluated on what the full network is, where the collator draws (masked language modelling) as well
         collator = getattr(dataloader, "collate_fn", None)
-        drawn_again = random_state(self.args.device, collator)
+        drawn_again = None if alone else random_state(self.args.device, collator)
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        cores = get_cores(self.model)
-        inside = any(core.active_thread is not None for core in cores.values())
-        if not self._joint or self._evaluating_core or inside:
+        if drawn_again is None:
             return output
         as_without_cores = random_state(self.args.device, collator)
         started = time.time()

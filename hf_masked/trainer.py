@@ -35,6 +35,7 @@ from .optimization import (
     add_core_parameters,
     make_core_optimizer,
     make_core_scheduler,
+    refuse_late_splits,
     refuse_no_split,
     refuse_own_optimizer,
     refuse_rungs,
@@ -115,9 +116,9 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
 
     def _give_core(self, plan: Plan | None) -> None:
         args: Any = self.args
-        if has_core(self.model) and (_asks_for_cores(args) or getattr(args, "core", None)):
+        if has_core(self.model) and (getattr(args, "wants_cores", False) or getattr(args, "core", None)):
             refuse_other_cores(get_cores(self.model), args)
-        elif _asks_for_cores(args):
+        elif getattr(args, "wants_cores", False):
             self._add_cores(self.model)
         if plan is not None:
             refuse_beside_plan(plan, args)
@@ -156,7 +157,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
                 refuse_meaningless(run.phase, self._trained(run.phase), args)
             if self.args.max_steps > 0:
                 run.plan.validate(self.args.max_steps, args.mask_seed)
-                split_steps(cores[run.name].config, run.plan.schedule, self.args.max_steps, args.mask_seed)
+                refuse_late_splits(cores[run.name].config, self.args.max_steps)
         if self.args.output_dir is not None and self.args.should_save:
             check_free(self.args.output_dir, self.model)
         if self.pop_callback(ProgressCallback) is not None:
@@ -168,7 +169,8 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
 
     def _refuse_core_phases(self, max_steps: int) -> None:
         steps = (StepInfo(t, max_steps, getattr(self.args, "mask_seed", 0)) for t in range(max_steps))
-        trains_core = any(self.plan.schedule(info) != ("full",) for info in steps)
+        full_only = isinstance(self.plan.schedule, FullOnly)  # of every run with nothing switched on
+        trains_core = not full_only and any(self.plan.schedule(info) != ("full",) for info in steps)
         if trains_core or self.plan.core.has_slots:
             raise ValueError(
                 "got a plan= that trains a core for a model without one, or a method with apply_to core; needs a core; call "
@@ -177,7 +179,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model: Any = super().call_model_init(trial)
-        if _asks_for_cores(self.args) and not has_core(model):
+        if getattr(self.args, "wants_cores", False) and not has_core(model):
             self._add_cores(model)
         return model
 
@@ -268,13 +270,9 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         self._masked_steps = [MaskedSteps(o) for o in distinct.values()] if masked else []
 
 
-def _asks_for_cores(args: Any) -> bool:
-    return getattr(args, "core", None) not in (None, "none") or bool(getattr(args, "cores", None))
-
-
 def _switches_on(model: Any, args: Any, plan: Plan | None) -> bool:
     """Whether, as far as can be told before Trainer looks at them, this is more than Trainer."""
-    asked = _asks_for_cores(args) or bool(getattr(args, "method", None))
+    asked = getattr(args, "wants_cores", False) or bool(getattr(args, "method", None))
     return asked or (args is not None and (plan is not None or (isinstance(model, nn.Module) and has_core(model))))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .hooks import JointHooks
+from .randomness import device_streams
 from .state_files import check_savable, check_state, load_state, reading, save_state
 
 FOLDER = "training_state"
@@ -125,7 +126,7 @@ class TrainingStateMixin(JointHooks):
             "numpy": _as_list(np.random.get_state()),
             "cpu": torch.get_rng_state(),
         }
-        if (device := _random_device(self.args.device)) is not None:
+        if (device := device_streams(self.args.device)) is not None:
             streams[self.args.device.type] = device.get_rng_state()
         save_state(Path(output_dir, FOLDER), self._of_process("rng_state"), streams)
 
@@ -171,7 +172,7 @@ class TrainingStateMixin(JointHooks):
             random.setstate(streams["python"])
             np.random.set_state(streams["numpy"])
             torch.set_rng_state(streams["cpu"])
-            device = _random_device(self.args.device)
+            device = device_streams(self.args.device)
             if device is not None and self.args.device.type in streams:
                 device.set_rng_state(streams[self.args.device.type])
 
@@ -199,9 +200,3 @@ def _shapes(optimizer: Any) -> list[list[list[int]]]:
 def _as_list(state: Any) -> tuple[Any, ...]:
     """NumPy's legacy state with its array as a list of integers."""
     return tuple(part.tolist() if isinstance(part, np.ndarray) else part for part in state)
-
-
-def _random_device(device: torch.device) -> Any:
-    """What has the random stream of a device, None for the processor's, which torch's own is."""
-    module = getattr(torch, device.type, None)
-    return module if device.type != "cpu" and hasattr(module, "get_rng_state") else None

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import evaluate
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
@@ -37,6 +36,9 @@ from hf_masked import CoreConfig, LoraCoreConfig, MaskedTrainer, MaskedTrainingA
 from hf_masked.methods import METHODS
 from hf_masked.typed import json_object
 
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule as Judge
+
 # where GLUE keeps its texts
 GLUE_COLUMNS = {
     "cola": ("sentence", None),
@@ -48,7 +50,6 @@ GLUE_COLUMNS = {
     "sst2": ("sentence", None),
     "wnli": ("sentence1", "sentence2"),
 }
-Judge = evaluate.EvaluationModule
 CACHE_KEYS = ("text_column", "text_pair_column", "label_column", "max_length", "max_train_samples", "max_eval_samples")
 
 
@@ -184,6 +185,8 @@ def load_metric(args: ClassificationArguments) -> tuple[Judge | None, list[str]]
     """
     if args.evaluate_metric is None:
         return None, []
+    import evaluate  # which takes two seconds that no other run needs to wait
+
     config = args.dataset_config_name if args.evaluate_metric == "glue" else None
     try:
         judge = evaluate.load(args.evaluate_metric, config, keep_in_memory=True)
@@ -277,7 +280,7 @@ def main(argv: list[str]) -> None:
         sample=partial(sample, rows=report, collator=collator),
         compute_metrics=partial(compute_metrics, judge=judge),
     )
-    if training_args.core not in (None, "none") or training_args.cores is not None:
+    if training_args.wants_cores:
         run_recipe(task, args, training_args)
         return
     options = args.options()

@@ -138,7 +138,7 @@ class LowRankCoreConfig(CoreConfig):
 
 
 def in_pattern(pattern: str, path: str) -> bool:
-    """Whether a key of `rank_pattern` is about a module path, as PEFT reads it."""
+    """Whether a key of `rank_pattern`, or of another pattern, is about a module path, as PEFT reads it."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 

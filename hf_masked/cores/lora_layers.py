@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..randomness import own_random_stream
 from ..types import StepInfo
+from .config import in_pattern
 from .lora_config import LoraCoreConfig
 from .modules import clone_structure, tied_parameters
 from .targets import linear_layers, refuse_idle_exclusions, refuse_read
@@ -125,7 +126,7 @@ def check_targets(model: PreTrainedModel, core: PreTrainedModel, config: LoraCor
         given = getattr(config, option)
         for entry in given if isinstance(given, list | dict) else ():
             pattern = entry if option.endswith("pattern") else re.escape(entry)
-            if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+            if not any(in_pattern(pattern, path) for path in paths):
                 raise ValueError(
                     f"got the entry {entry!r} of {option}, which matches nothing that the adapter has; needs one that "
                     f"does, because it would be ignored; set {option} in --core_config"

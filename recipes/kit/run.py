@@ -80,7 +80,7 @@ def run_recipe(task: Task, args: RecipeArguments, training_args: Any) -> None:
 
 def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm]:
     """Print the sizes of both networks, and list what is to be trained."""
-    if training_args.core in (None, "none") and training_args.cores is None:
+    if not training_args.wants_cores:
         raise ValueError(
             "got core='none'; needs a core, because the recipe trains and reports two networks; set --core low_rank, "
             "or --schedule full_only to leave the core untrained"
