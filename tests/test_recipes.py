@@ -5,6 +5,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from causal_lm import CausalArguments, pack, score  # noqa: E402
 from datasets import Dataset, DatasetDict, load_from_disk  # noqa: E402
 from kit.arguments import parse  # noqa: E402
 from kit.arms import comparison_arms, joint_arm  # noqa: E402
+from kit.cache import prepared  # noqa: E402
 from kit.compare import core_ahead, undertrained  # noqa: E402
 from kit.corpus import SourceFile, documents, new_paragraphs  # noqa: E402
 from kit.flops import StepCosts, count_flops  # noqa: E402
@@ -27,8 +30,15 @@ from kit.sources import load_splits  # noqa: E402
 from kit.table import render, spread  # noqa: E402
 from kit.tokenizer import train_tokenizer  # noqa: E402
 from kit.training import Run  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: E402
-from translation import TranslationArguments, tokenize  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+)
+from translation import TranslationArguments, tokenize, translate  # noqa: E402
 
 from hf_masked import MaskedTrainingArguments  # noqa: E402
 
@@ -104,7 +114,7 @@ def test_causal_lm_compares_and_exports(tmp_path: Path) -> None:
     for arm in ("core_alone_flops", "svd_distilled", "svd_flops"):
         assert flops[arm] == pytest.approx(flops["joint"], rel=0.1), "equal FLOPs up to a whole step"
 
-    (cache,) = (tmp_path / "cache").iterdir()
+    (cache,) = (entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir())
     rows = load_from_disk(cache / "splits")["validation"]
     core = AutoModelForCausalLM.from_pretrained(tmp_path / "out", subfolder="core").eval()
     assert score(core, rows, 32)["loss"] == pytest.approx(results["networks"][1]["scores"]["loss"], abs=1e-5)
@@ -176,11 +186,16 @@ def test_translation_scores_both_networks(tmp_path: Path) -> None:
     german = [f"{a} {b} {c}" for a in words for b in words for c in words]
     english = [" ".join(words[word] for word in text.split()) for text in german]
     sources = ["even" if index % 2 else "odd" for index in range(len(german))]
-    pandas.DataFrame({"de": german, "en": english, "source": sources}).to_parquet(tmp_path / "pairs.parquet")
+    pairs = pandas.DataFrame({"de": german, "en": english, "source": sources})
+    (tmp_path / "pairs").mkdir()
+    for number, split in enumerate(("test", "validation", "train")):
+        pairs[number * 16 : None if split == "train" else (number + 1) * 16].to_parquet(
+            tmp_path / "pairs" / f"{split}.parquet"
+        )
     printed = run(
         "translation.py",
         str(ROOT / "recipes/configs/translation/deen.yaml"),
-        *("--dataset_name", str(tmp_path / "pairs.parquet"), "--group_column", "source", "--max_length", "16"),
+        *("--dataset_name", str(tmp_path / "pairs"), "--group_column", "source", "--max_length", "16"),
         *("--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--vocab_size", "320"),
         *("--model_type", "t5", "--model_config", json.dumps(TINY_T5), "--max_steps", "4", "--warmup_steps", "0"),
         *("--per_device_train_batch_size", "8", "--logging_steps", "1", "--label_smoothing_factor", "0"),
@@ -193,7 +208,12 @@ def test_translation_scores_both_networks(tmp_path: Path) -> None:
     assert "±" in printed, "two seeds"
     assert sum(name.startswith("bleu (") for name in scores) == 2
     assert scores["bleu"] == pytest.approx(results["runs"][0]["core"]["bleu"], abs=1e-6)
-    AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", subfolder="core")
+    core = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", subfolder="core")
+    (cache,) = (entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir())
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(cache / "tokenizer"), label_pad_token_id=-100)
+    _, loss = translate(core, load_from_disk(cache / "splits")["validation"], collator, 16)
+    assert results["runs"][0]["selection"] == pytest.approx(loss, abs=1e-4), "settings are chosen on other rows"
+    assert results["runs"][0]["selection"] != pytest.approx(scores["loss"], abs=1e-4)
 
 
 def test_translation_of_some_rows_only() -> None:
@@ -254,6 +274,22 @@ def test_corpus_reads_files_without_running_them(tmp_path: Path) -> None:
     text = "A paragraph that is long enough to be kept as prose.\n\nshort"
     assert len(list(new_paragraphs(text, seen))) == 1
     assert not list(new_paragraphs(text, seen)), "no paragraph twice"
+
+
+def test_runs_side_by_side_prepare_their_data_once(tmp_path: Path) -> None:
+    built = []
+
+    def build() -> tuple[DatasetDict, PreTrainedTokenizerBase]:
+        built.append(1)
+        time.sleep(0.2)  # the others are here by then
+        return DatasetDict({"train": Dataset.from_dict({"text": ["a b"]})}), train_tokenizer(["a b"], 300)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: prepared(build, {"of": "one kind"}, str(tmp_path)), range(3)))
+    assert len(built) == 1
+    assert [splits["train"]["text"][:] for splits, _ in found] == [["a b"]] * 3
+    prepared(build, {"of": "another"}, str(tmp_path))
+    assert len(built) == 2
 
 
 def test_tokenizer_round_trip_and_packing() -> None:

@@ -112,7 +112,8 @@ def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm
         counts = core_updates(training_args) if training_args.cores else {}
         return [dataclasses.replace(made, core_updates=sum(counts.values())) if counts else made]
     size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    costs = ladder_costs(model, task.batches(size))
+    device = training_args.device
+    costs = ladder_costs(model.to(device), task.batches(size, device))
     joint = joint_arm(training_args.max_steps, training_args.schedule, costs)
     arms = comparison_arms(
         training_args.max_steps, costs, joint, configs["core"].to_dict(), args.compare_distill_weight

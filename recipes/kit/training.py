@@ -98,7 +98,7 @@ def run_arm(
     seconds = time.perf_counter() - started + (before.seconds if arm.after_full and before else 0)
     memory = peak.read()
     full, core = evaluate(task, trainer, task.report)
-    selection = core if task.report is task.validation else evaluate(task, trainer, task.validation)[1]
+    selection = core if task.report is task.validation else validation_losses(task, trainer)[1]
     run = Run(
         arm=arm.key,
         title=arm.title,
@@ -171,6 +171,15 @@ def evaluate(task: Task, trainer: Trainer, rows: Dataset) -> tuple[Scores, Score
         k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_") and not k.startswith(named)
     }
     return task.derive(full), task.derive(core) if core else core
+
+
+def validation_losses(task: Task, trainer: Trainer) -> tuple[Scores, Scores]:
+    """The losses of both on the validation rows, without other scores, for which texts may have to be generated."""
+    computed, trainer.compute_metrics = trainer.compute_metrics, None
+    try:
+        return evaluate(task, trainer, task.validation)
+    finally:
+        trainer.compute_metrics = computed
 
 
 def plain_full(trainer: Trainer) -> PreTrainedModel:
