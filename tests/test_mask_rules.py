@@ -1,4 +1,4 @@
-"""What rules answer, against their definitions: `test_methods.py` takes their answers as given."""
+"""What rules answer, against their definitions: `test_exactness.py` takes their answers as given."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Methods that take the gradient elsewhere than at x, and meprop, which follows a part of it."""
 
+from typing import Any
+
 from ..meprop import MeProp
 from ..perturbations import Asam, DropConnect, Extragradient, Gaussian, LayerDrop, Prune, Quantize, Sam, Stale
 from ..perturbations.subnets import Subnets
@@ -99,7 +101,7 @@ def layer_drop(keep: Spec = 0.9) -> Method:
     accuracy. Deviations: one draw per update. Under AdamW dropped blocks keep their bits.
     """
     rule = LayerDrop(keep)
-    mask = rule.mask
+    mask: Any = rule.mask
     return Method(backward=rule, grad_mask=mask, update_mask=mask)
 
 

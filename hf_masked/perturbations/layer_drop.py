@@ -68,10 +68,13 @@ class LayerDrop:
                 if forward is not None:
                     block.forward = forward
 
-    def mask(self, info: StepInfo, gradients: Tensors) -> Mapping[str, bool]:
+    def mask(self, info: StepInfo, gradients: Tensors, parameters: Tensors) -> Mapping[str, bool]:
         """p[t]: no parameter of a block that was left out is trained."""
         # under "sum" the core's own parameters have the prefix core., and its pass was whole
-        return {n: n.startswith("core.") or block_of(n) not in self._dropped for n in gradients}
+        return {n: n.startswith("core.") or block_of(n) not in self._dropped for n in parameters}
+
+    # of a block that was left out there are no gradients to name it by
+    mask.needs_parameters = True  # type: ignore[attr-defined]
 
     def _drops(self, info: StepInfo, block: str) -> bool:
         drawn = torch.rand((), generator=info.generator("layer_drop", block)).item()
