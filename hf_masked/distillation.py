@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .top_k import top_k_and_rest
+from .transfer import moved_to
 
 Outputs = Literal["classes", "labels", "numbers"]
 """What logits (..., n) say: one of n classes, yes or no to each of n labels, or n numbers of a regression."""
@@ -50,7 +51,7 @@ class Teaching:
 
     def to(self, device: torch.device | str) -> "Teaching":
         """The same on another device."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        moved = {name: moved_to(device, tensor) for name, tensor in self.tensors().items()}
         return Teaching(moved["values"], moved["indices"], moved.get("rest"), moved["loss"])
 
 
@@ -163,20 +164,23 @@ class YieldingWeight:
         if self._pending is None:
             return
         seen, self._pending = reduce(self._pending), None
-        if not seen.isfinite().all():
-            return  # of an update that is not made
-        self._means = seen if self._means is None else self.decay * self._means + (1 - self.decay) * seen
+        # decided where the numbers are: a device would have to be waited for
+        before = torch.full_like(seen, torch.nan) if self._means is None else self._means
+        after = torch.where(before.isnan(), seen, self.decay * before + (1 - self.decay) * seen)
+        self._means = torch.where(seen.isfinite().all(), after, before)  # not of an update that is not made
 
     def weight(self, w: float) -> torch.Tensor | float:
         """The weight of this update, in [0, w]; w itself before anything was seen."""
         if self._means is None:
             return w
         core, teacher = self._means
-        return w * ((core - teacher) / (self.tolerance * teacher.abs()).clamp(min=1e-6)).clamp(0.0, 1.0)
+        share = ((core - teacher) / (self.tolerance * teacher.abs()).clamp(min=1e-6)).clamp(0.0, 1.0)
+        return w * torch.where(share.isnan(), 1.0, share)
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return {"means": None if self._means is None else self._means.tolist()}
+        nothing = self._means is None or bool(self._means.isnan().any())
+        return {"means": None if nothing else self._means.tolist()}  # type: ignore[union-attr]
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from `state_dict()`."""

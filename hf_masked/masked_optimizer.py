@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .apply import MaskValues, Parameters
-from .masks.entries import count_of, indices_of
+from .masks.entries import counts_of, indices_of
 from .parts import own_part
+from .transfer import moved_to
 from .types import StatePolicy
 
 # what moves no entry that is zero in the parameter, its gradient and its state
@@ -101,27 +102,25 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
     if wanted.offload_state:
         place_state(optimizer, parameters.values(), resting=set(wholly))
     with ExitStack() as around, torch.no_grad():
-        for parameter, kept in partly.items():
-            if parameter.grad is None:
-                continue
-            here = own_part(kept.expand(parameter.shape))
-            # a part cannot be a vector in its tensor's place
-            whole = own_part(parameter) is parameter and parameter.is_contiguous()
-            apart = policy != "decay" and whole and type(optimizer) in ELEMENTWISE
-            if apart and count_of(here) <= FEW * parameter.numel():
-                around.enter_context(_only(optimizer, parameter, here, policy, room))
-            else:
-                around.enter_context(_held(optimizer, parameter, here, policy, room))
+        moving = {p: own_part(kept.expand(p.shape)) for p, kept in partly.items() if p.grad is not None}
+        # a part cannot be a vector in its tensor's place
+        whole = [p for p in moving if own_part(p) is p and p.is_contiguous()]
+        whole = whole if policy != "decay" and type(optimizer) in ELEMENTWISE else []
+        counts = counts_of([moving[p] for p in whole])
+        few = {p for p, count in zip(whole, counts, strict=True) if count <= FEW * p.numel()}
+        found = indices_of([kept if p in few else ~kept for p, kept in moving.items()])
+        for parameter, at in zip(moving, found, strict=True):
+            step = _only if parameter in few else _held
+            around.enter_context(step(optimizer, parameter, at, policy, room))
         around.enter_context(_scaled_rates(optimizer, wanted))
         yield
 
 
 @contextmanager
 def _held(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch.Tensor, policy: StatePolicy, room: Room
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: torch.Tensor, policy: StatePolicy, room: Room
 ) -> Iterator[None]:
-    """Let the optimizer step the whole tensor, then put back what must not move."""
-    at = indices_of(~kept)
+    """Let the optimizer step the whole tensor, then put back the entries `at`, which must not move."""
     if policy == "decay" and parameter.grad is not None:
         _put(own_part(parameter.grad), at, 0.0)
     before = room.take(parameter, entries_of(optimizer, parameter, policy == "freeze"), at)
@@ -132,13 +131,12 @@ def _held(
 
 @contextmanager
 def _only(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch.Tensor, policy: StatePolicy, room: Room
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: torch.Tensor, policy: StatePolicy, room: Room
 ) -> Iterator[None]:
-    """Let the optimizer step the kept entries alone, as a vector in the tensor's place.
+    """Let the optimizer step the entries `at` alone, as a vector in the tensor's place.
 
     State that it begins in this step is zero elsewhere.
     """
-    at = indices_of(kept)
     whole, gradient, state = parameter.data, parameter.grad, optimizer.state[parameter]
     wholes = {key: value for key, value in entries_of(optimizer, parameter, with_state=True).items() if key}
     apart = room.take(parameter, {"": whole, **wholes}, at)
@@ -219,7 +217,7 @@ def place_state(
         device = torch.device(where) if parameter in resting else parameter.device
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.numel() > 1 and value.device != device:
-                state[key] = value.to(device)
+                state[key] = moved_to(device, value)
 
 
 class MaskedSteps:

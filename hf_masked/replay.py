@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from .distillation import Teaching
 from .state_files import write_tensors
+from .transfer import moved_to
 from .types import StepInfo
 
 # what its tensors are called, as a regular expression
@@ -28,7 +29,7 @@ class Microbatch:
     teaching: Teaching | None
 
     def to(self, device: torch.device | str) -> "Microbatch":
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()}
+        moved = {k: moved_to(device, v) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()}
         return Microbatch(moved, None if self.teaching is None else self.teaching.to(device))
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -46,7 +47,7 @@ class Batch:
     num_items: torch.Tensor | None
 
     def to(self, device: torch.device | str) -> "Batch":
-        num_items = None if self.num_items is None else self.num_items.to(device)
+        num_items = None if self.num_items is None else moved_to(device, self.num_items)
         return Batch([m.to(device) for m in self.microbatches], num_items)
 
     def without_teaching(self) -> "Batch":

@@ -10,6 +10,7 @@ from .forward_pass import UpdateStep
 from .optimization import Stepper
 from .randomness import own_random_stream
 from .replay import Batch
+from .transfer import moved_to
 from .types import Phase
 from .update_step import UpdateStepMixin
 
@@ -90,7 +91,7 @@ class RidingMixin(UpdateStepMixin):
         self.current_gradient_accumulation_steps = count
         num_items = batch.num_items
         if isinstance(num_items, torch.Tensor):
-            num_items = num_items.to(self.args.device)
+            num_items = moved_to(self.args.device, num_items)
         for index, microbatch in enumerate(batch.microbatches):
             here = microbatch.to(self.args.device)
             last = index == count - 1

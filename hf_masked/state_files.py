@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .loading import tensor_shapes
+from .transfer import finish_moves
 
 VERSION = 1
 
@@ -46,6 +47,7 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
 
     Cost: memory of the tensors that are not contiguous, or share theirs with another one.
     """
+    finish_moves()
     save_file(_apart(tensors), file, metadata)
 
 

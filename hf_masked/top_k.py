@@ -22,7 +22,7 @@ def top_k_and_rest(
     Returns: values (..., k) float32 in no particular order, indices (..., k) int64, rest (...) float32; rest is -inf
         where the others vanish beside the largest.
 
-    Cost: one copy in float32 of the rows worked on at once.
+    Cost: one copy in float32 of the rows worked on at once, one more where T is not 1.
 
     >>> values, indices, rest = top_k_and_rest(torch.tensor([1.0, 3.0, 2.0, 0.0]), 2, 1.0)
     >>> sorted(values.tolist()), sorted(indices.tolist()), round(rest.exp().item(), 4)
@@ -41,22 +41,18 @@ def top_k_and_rest(
         here = slice(start, start + len(part))
         largest, indices[here] = top_k(part, k)
         values[here] = largest.float() / temperature
-        peak = values[here].amax(-1, keepdim=True)
-        others = scratch[: len(part)]
-        if temperature == 1.0:
-            torch.sub(part, peak, out=others)
-        else:
-            torch.div(part, temperature, out=others).sub_(peak)
+        scaled = part if temperature == 1.0 else part / temperature
+        shares = torch.softmax(scaled, -1, dtype=torch.float32, out=scratch[: len(part)])
+        whole = values[here].amax(-1) - shares.gather(-1, indices[here]).amax(-1).log_()
         # taken out rather than subtracted from the sum, which would cancel
-        others.exp_().scatter_(-1, indices[here], 0.0)
-        rest[here] = others.sum(-1).log_() + peak.squeeze(-1)
+        rest[here] = shares.scatter_(-1, indices[here], 0.0).sum(-1).log_() + whole
     return values.reshape(*shape, k), indices.reshape(*shape, k), rest.reshape(shape)
 
 
 def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest entries of each row and where they are: torch.topk, in no particular order.
 
-    On a processor in two stages where that is less to select from. Entry c of a row is in block c mod m. No entry of a
+    In two stages where that is less to select from. Entry c of a row is in block c mod m. No entry of a
     block that is not among the k with the largest maxima can be larger than all those k maxima, so the k largest entries are in
     those k blocks; equal ones may be swapped for each other, as torch.topk leaves open too.
 
@@ -70,13 +66,13 @@ def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     classes = rows.shape[-1]
     depth = round(math.sqrt(classes / k))
     blocks = classes // depth
-    if rows.device.type != "cpu" or depth < 4:
+    if depth < 4:
         return _topk(rows, k)
     whole = rows[:, : depth * blocks].unflatten(-1, (depth, blocks))
     chosen = _topk(whole.amax(-2), k)[1]
-    candidates = (chosen[:, None, :] + blocks * torch.arange(depth)[:, None]).flatten(1)
+    candidates = (chosen[:, None, :] + blocks * torch.arange(depth, device=rows.device)[:, None]).flatten(1)
     if depth * blocks < classes:
-        left_over = torch.arange(depth * blocks, classes).expand(len(rows), -1)
+        left_over = torch.arange(depth * blocks, classes, device=rows.device).expand(len(rows), -1)
         candidates = torch.cat([candidates, left_over], dim=-1)
     values, at = _topk(rows.gather(-1, candidates), k)
     return values, candidates.gather(-1, at)

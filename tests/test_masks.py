@@ -13,9 +13,9 @@ from common import tiny, values
 
 from hf_masked import Phase, StepInfo
 from hf_masked.apply import hold_still, mask_update, release
-from hf_masked.draws import random_entries
+from hf_masked.draws import largest_drawn, random_entries
 from hf_masked.masks import Chain, Complement, ErrorFeedback, Fixed, RandK, TopK, block_of
-from hf_masked.masks.entries import kept_count, largest
+from hf_masked.masks.entries import _joint_indices, kept_count, largest
 from hf_masked.masks.sparse_training import erdos_renyi
 from hf_masked.methods import make_method
 from hf_masked.values import Constant, make_value
@@ -72,6 +72,28 @@ def test_global_scope_selects_over_all_tensors() -> None:
     threshold = joined.sort(descending=True).values[kept_count(0.1, joined.numel()) - 1]
     assert all(torch.equal(one[n], v.abs() >= threshold) for n, v in g.items())
     assert any(not torch.equal(one[n], each[n]) for n in g)
+
+
+def test_one_search_finds_what_several_do() -> None:
+    """As masks on a GPU are searched, which has to be waited for."""
+    drawn = [
+        torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3 for shape in ((7, 5), (1,), (4, 2, 3))
+    ]
+    masks = [
+        torch.zeros(3, dtype=torch.bool),
+        *drawn,
+        torch.ones(2, 2, dtype=torch.bool),
+        torch.zeros(1, dtype=torch.bool),
+    ]
+    for alone, together in zip(masks, _joint_indices(masks), strict=True):
+        assert torch.equal(alone.flatten().nonzero().flatten(), together)
+
+
+def test_numbers_drawn_on_a_device_choose_as_often() -> None:
+    draws = [largest_drawn(10, 3, seed, torch.device("cpu")) for seed in range(2000)]
+    assert all(int(draw.sum()) == 3 for draw in draws)
+    # five standard deviations of a mean of 2000 draws with p = 0.3
+    assert (torch.stack(draws).double().mean(0) - 0.3).abs().max() < 5 * (0.3 * 0.7 / 2000) ** 0.5
 
 
 def test_every_choice_of_entries_is_equally_probable() -> None:

@@ -1,7 +1,8 @@
 """Masks of single entries: the largest, exactly k random ones, or each with a probability."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +16,8 @@ from ..values import Value
 
 # numbers that a bound on the largest is guessed from
 _SAMPLE = 2**12
+# entries that torch searches at most at once on a GPU, whose count has 31 bits there
+_SEARCHED = 2**31 - 1
 Scope = Literal["tensor", "global"]
 Tensors = Mapping[str, torch.Tensor]
 
@@ -42,7 +45,7 @@ def largest(scores: torch.Tensor, count: int, magnitude: bool = False) -> torch.
     mask = _largest_on_processor(flat, count, magnitude) if flat.device.type == "cpu" else None
     if mask is None:
         mask = torch.zeros_like(flat, dtype=torch.bool)
-        mask[(flat.abs() if magnitude else flat).topk(count, sorted=False).indices] = True
+        mask.index_fill_(0, (flat.abs() if magnitude else flat).topk(count, sorted=False).indices, True)
     return mask.view(scores.shape)
 
 
@@ -122,20 +125,52 @@ def largest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view(scores.shape)
 
 
-def count_of(kept: torch.Tensor) -> int:
-    """How many entries of a mask are True: NumPy counts several times faster on a processor."""
-    return int(np.count_nonzero(kept.numpy()) if kept.device.type == "cpu" else kept.count_nonzero())
+def counts_of(masks: Sequence[torch.Tensor]) -> list[int]:
+    """How many entries of each mask are True: NumPy counts several times faster on a processor; others are waited for once."""
+    if _on_processor(masks):
+        return [int(np.count_nonzero(kept.numpy())) for kept in masks]
+    counts: list[int] = torch.stack([kept.count_nonzero() for kept in masks]).tolist()
+    return counts
 
 
-def indices_of(kept: torch.Tensor) -> torch.Tensor:
-    """Where a mask is True, counted through its entries: NumPy's search is several times faster on a processor.
+def indices_of(masks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Where each mask is True, counted through its entries.
 
-    >>> indices_of(torch.tensor([[True, False], [False, True]]))
-    tensor([0, 3])
+    NumPy's search is several times faster on a processor; elsewhere as many as possible are searched at once, because the device has
+    to be waited for.
+
+    >>> indices_of([torch.tensor([[True, False], [False, True]]), torch.tensor([True])])
+    [tensor([0, 3]), tensor([0])]
     """
-    if kept.device.type != "cpu":
-        return kept.flatten().nonzero().flatten()
-    return torch.from_numpy(np.flatnonzero(kept.numpy()))
+    if _on_processor(masks):
+        return [torch.from_numpy(np.flatnonzero(kept.numpy())) for kept in masks]
+    return [at for some in _runs(masks) for at in _joint_indices(some)]
+
+
+def _on_processor(masks: Sequence[torch.Tensor]) -> bool:
+    return all(kept.device.type == "cpu" for kept in masks)
+
+
+def _runs(masks: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours on one device, as many as one search can count through."""
+    run: list[torch.Tensor] = []
+    for kept in masks:
+        if run and (kept.device != run[0].device or sum(k.numel() for k in run) + kept.numel() > _SEARCHED):
+            yield run
+            run = []
+        run.append(kept)
+    if run:
+        yield run
+
+
+def _joint_indices(masks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """`indices_of` masks that lie on one device, by one search."""
+    joined = torch.cat([kept.flatten() for kept in masks])
+    found = joined.nonzero().flatten()
+    starts = [0, *itertools.accumulate(kept.numel() for kept in masks)]
+    cuts = torch.searchsorted(found, torch.tensor(starts, device=found.device)).tolist()
+    parts = zip(itertools.pairwise(cuts), starts, strict=False)
+    return [found[begin:end] - start for (begin, end), start in parts]
 
 
 def multiply(tensor: torch.Tensor, kept: torch.Tensor) -> None:
@@ -146,7 +181,7 @@ def multiply(tensor: torch.Tensor, kept: torch.Tensor) -> None:
         with np.errstate(invalid="ignore"):  # a zero of what is not finite
             np.multiply(numbers, kept.numpy(), out=numbers)
     else:
-        tensor.mul_(kept.to(tensor.dtype))
+        tensor.mul_(kept)
 
 
 def largest_by_name(scores: Tensors, density: float, scope: Scope, magnitude: bool = False) -> dict[str, torch.Tensor]:
@@ -201,9 +236,7 @@ class RandK:
             drawn = replace(drawn, update=0)
         density = self.density(info)
         return {
-            name: random_entries(g.shape, kept_count(density, g.numel()), drawn.random_seed("rand_k", name)).to(
-                g.device
-            )
+            name: random_entries(g.shape, kept_count(density, g.numel()), drawn.random_seed("rand_k", name), g.device)
             for name, g in gradients.items()
         }
 

@@ -93,7 +93,9 @@ class GradualPruning:
         self._reached = None
 
     def __call__(self, info: StepInfo, gradients: Tensors, parameters: Tensors) -> Masks:
-        return {name: self.masks[name].to(g.device) for name, g in gradients.items() if name in self.masks}
+        present = {name: self.masks[name].to(g.device) for name, g in gradients.items() if name in self.masks}
+        self.masks |= present  # moved once, where they come from a checkpoint
+        return present
 
     def state_dict(self) -> Masks:
         """The mask, and the density that it has."""
