@@ -69,7 +69,9 @@ def _measure(
     for _ in range(1 + repeats):
         for name, (forward, inputs) in ways.items():
             started = Taken.stamp()
-            torch.autograd.grad(forward(), inputs, upstream)
-            seconds[name].append(float(getattr(Taken.stamp() - started, clock)))
+            with torch.autocast(device, torch.bfloat16, enabled=setting.precision == "bf16"):
+                y = forward()
+            torch.autograd.grad(y, inputs, upstream.to(y.dtype))
+            seconds[name].append((Taken.stamp() - started).seconds(clock))
     medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
     return LayerTimes(in_features, out_features, rank, tokens, **medians)

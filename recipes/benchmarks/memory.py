@@ -13,6 +13,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +55,18 @@ class Memory:
 
 
 def measure_memory(setting: Setting) -> list[Memory]:
-    """Every kind of training in a fresh process."""
-    command = [sys.executable, str(Path(__file__).resolve()), json.dumps(dataclasses.asdict(setting))]
-    found = []
-    for kind in KINDS:
-        finished = subprocess.run([*command, kind], capture_output=True, text=True, env=os.environ | GIVE_BACK)
-        if finished.returncode:
-            raise RuntimeError(f"the process that measures {kind!r} failed:\n{finished.stderr[-2000:]}")
-        found.append(Memory(**json.loads(finished.stdout.splitlines()[-1])))
-    return found
+    """Every kind of training in a fresh process, on an accelerator side by side."""
+    at_once = len(KINDS) if torch.cuda.is_available() else 1
+    with ThreadPoolExecutor(at_once) as workers:
+        return list(workers.map(partial(_in_fresh_process, setting), KINDS))
+
+
+def _in_fresh_process(setting: Setting, kind: str) -> Memory:
+    command = [sys.executable, str(Path(__file__).resolve()), json.dumps(dataclasses.asdict(setting)), kind]
+    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | GIVE_BACK)
+    if finished.returncode:
+        raise RuntimeError(f"the process that measures {kind!r} failed:\n{finished.stderr[-2000:]}")
+    return Memory(**json.loads(finished.stdout.splitlines()[-1]))
 
 
 def train_and_measure(setting: Setting, kind: str) -> Memory:
@@ -102,6 +107,7 @@ def _trainer(setting: Setting, kind: str, folder: str) -> Trainer:
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        **setting.training_arguments,
     )
     data: dict[str, Any] = dict(train_dataset=setting.dataset(STEPS), data_collator=default_data_collator)
     if kind == "plain":

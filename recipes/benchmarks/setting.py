@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,6 +12,8 @@ from hf_masked import LowRankCoreConfig, add_core
 
 # no step of a benchmark: the split is one SVD per layer, once in a run, and no part of an update
 NEVER = 10**9
+Precision = Literal["fp32", "tf32", "bf16"]
+PRECISION_HELP = "'fp32'; 'tf32': its products in TF32; 'bf16': autocast to it, and TF32 for the rest."
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Setting:
         width, layers, vocabulary: of a Llama whose feed-forward layers are 8/3 as wide.
         tokens: of one batch, in rows of `sequence`.
         rank: of the core, an int, or a float as a fraction of the width.
+        precision: of training.
     """
 
     width: int
@@ -30,6 +33,14 @@ class Setting:
     tokens: int
     sequence: int
     rank: int | float
+    precision: Precision = "fp32"
+
+    @property
+    def training_arguments(self) -> dict[str, Any]:
+        """Trainer's options for the precision; bf16 has TF32 for what autocast leaves in float32."""
+        cuda = torch.cuda.is_available()
+        tf32 = self.precision == "tf32" or (self.precision == "bf16" and cuda)
+        return {"bf16": self.precision == "bf16", "use_cpu": not cuda} | ({"tf32": True} if tf32 else {})
 
     @property
     def rows(self) -> int:
@@ -54,8 +65,9 @@ class Setting:
             num_key_value_heads=heads,
             max_position_embeddings=self.sequence,
         )
-        model: Any = LlamaForCausalLM(config)
-        return model.cuda() if torch.cuda.is_available() else model
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model: Any = LlamaForCausalLM(config)
+        return model
 
     def with_core(self, coupling: str, split_at: int | None = NEVER) -> Any:
         """The same network with a core."""
@@ -79,6 +91,7 @@ class BenchmarkArguments:
     tokens: int = field(default=2048, metadata={"help": "Tokens of one batch."})
     sequence: int = field(default=256, metadata={"help": "Tokens of one row of it."})
     rank: float = field(default=0.125, metadata={"help": "Rank of the core, < 1 as a fraction of the width."})
+    precision: Precision = field(default="fp32", metadata={"help": PRECISION_HELP})
     repeats: int = field(default=15, metadata={"help": "Rounds; each runs every trainer once, in turn."})
     steps: int = field(
         default=3, metadata={"help": "Timed update steps of a trainer in one round, after one untimed."}
@@ -125,11 +138,19 @@ class BenchmarkArguments:
 
     def for_steps(self) -> Setting:
         """What steps are timed on."""
-        return Setting(self.width, self.layers, self.vocabulary, self.tokens, self.sequence, self._rank())
+        return Setting(
+            self.width, self.layers, self.vocabulary, self.tokens, self.sequence, self._rank(), self.precision
+        )
 
     def for_memory(self) -> Setting:
         """What the peak memory is measured on."""
         sequence = min(self.sequence, self.memory_tokens)
         return Setting(
-            self.memory_width, self.memory_layers, self.vocabulary, self.memory_tokens, sequence, self._rank()
+            self.memory_width,
+            self.memory_layers,
+            self.vocabulary,
+            self.memory_tokens,
+            sequence,
+            self._rank(),
+            self.precision,
         )

@@ -169,7 +169,7 @@ def describe(args: BenchmarkArguments, results: dict[str, Any]) -> str:
     return (
         f"Llama of width {steps.width}, {steps.layers} layers, vocabulary {steps.vocabulary:,}, {steps.tokens:,} tokens per "
         f"batch in rows of {steps.sequence}, core of rank {steps.rank:g}; peak memory at width {memory.width}, "
-        f"{memory.layers} layers, {memory.tokens:,} tokens. {where}; {with_what}. Ratios are medians over {args.repeats} "
+        f"{memory.layers} layers, {memory.tokens:,} tokens; {steps.precision}. {where}; {with_what}. Ratios are medians over {args.repeats} "
         f"rounds of trainers that take turns in one process, of {'processor ' * (args.clock == 'processor')}seconds. "
         f"Load average before and after: {load}."
     )

@@ -9,6 +9,7 @@ the same round, and the median of those is reported.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -107,6 +108,7 @@ def contestants(setting: Setting, steps: int) -> list[Contestant]:
 
 def train(contestant: Contestant, setting: Setting, folder: str) -> Round:
     """One short `train()` call; returns what its timed steps took, by sample."""
+    gc.collect()  # the optimizer of the last one, which its trainer's cycles may still hold
     arguments: dict[str, Any] = dict(
         output_dir=folder,
         max_steps=contestant.steps,
@@ -118,6 +120,7 @@ def train(contestant: Contestant, setting: Setting, folder: str) -> Round:
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        **setting.training_arguments,
     )
     clock = StepClock()
     given: dict[str, Any] = dict(
@@ -151,24 +154,21 @@ class Measurements:
 
     def seconds(self, sample: str) -> float:
         """Median over all rounds."""
-        return statistics.median(self._read(taken) for measured in self.rounds for taken in measured[sample])
+        return statistics.median(taken.seconds(self.clock) for measured in self.rounds for taken in measured[sample])
 
     def fastest_ratio(self, sample: str, baseline: str) -> float:
         """The fastest step of all over the baseline's fastest: what other work on the machine disturbs least."""
 
         def fastest(name: str) -> float:
-            return min(self._read(taken) for measured in self.rounds for taken in measured[name])
+            return min(taken.seconds(self.clock) for measured in self.rounds for taken in measured[name])
 
         return fastest(sample) / fastest(baseline)
-
-    def _read(self, taken: Taken) -> float:
-        return float(getattr(taken, self.clock))
 
     def ratio(self, sample: str, baseline: str) -> tuple[float, float, float]:
         """Lower quartile, median and upper quartile over the rounds of sample / baseline in the same round."""
 
         def typical(steps: list[Taken]) -> float:
-            return statistics.median(self._read(taken) for taken in steps)
+            return statistics.median(taken.seconds(self.clock) for taken in steps)
 
         ratios = [typical(measured[sample]) / typical(measured[baseline]) for measured in self.rounds]
         if len(ratios) == 1:
