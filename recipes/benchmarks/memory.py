@@ -113,7 +113,7 @@ def _trainer(setting: Setting, kind: str, folder: str) -> Trainer:
     if kind == "plain":
         return Trainer(model=setting.new_model(), args=TrainingArguments(**arguments), **data)
     coupling, options = JOINT[kind]
-    model = setting.with_core(coupling, split_at=None)
+    model = setting.with_core(coupling, split=True)
     return MaskedTrainer(model=model, args=MaskedTrainingArguments(**arguments, **options), **data)
 
 

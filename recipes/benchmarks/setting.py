@@ -10,8 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_masked import LowRankCoreConfig, add_core
 
-# no step of a benchmark: the split is one SVD per layer, once in a run, and no part of an update
-NEVER = 10**9
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISION_HELP = "'fp32'; 'tf32': its products in TF32; 'bf16': autocast to it, and TF32 for the rest."
 
@@ -69,8 +67,13 @@ class Setting:
             model: Any = LlamaForCausalLM(config)
         return model
 
-    def with_core(self, coupling: str, split_at: int | None = NEVER) -> Any:
-        """The same network with a core."""
+    def with_core(self, coupling: str, split: bool = False) -> Any:
+        """The same network with a core.
+
+        Args: `split`: where the schedule starts the core; else never, for that is one SVD per layer, once in a run, and no part
+            of an update.
+        """
+        split_at: Any = None if split else []
         config = LowRankCoreConfig(rank=self.rank, coupling=coupling, split_at=split_at, init="random")  # type: ignore[arg-type]
         return add_core(self.new_model(), config)
 
