@@ -18,6 +18,7 @@ pytest.importorskip("sacrebleu")
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "recipes"))
 
+from benchmarks import side_by_side  # noqa: E402
 from causal_lm import CausalArguments, pack, score  # noqa: E402
 from datasets import Dataset, DatasetDict, load_from_disk  # noqa: E402
 from kit.arguments import parse  # noqa: E402
@@ -348,3 +349,42 @@ def test_notes_say_what_a_setting_shows() -> None:
     assert core_ahead([run("joint", 1.5, 2.0)]) is None and core_ahead([run("full_alone", 2.0)]) is None
     assert "by 10.0%" in undertrained([run("full_alone", 2.0), run("full_alone_2n", 1.8)])
     assert undertrained([run("full_alone", 2.0), run("full_alone_2n", 2.1)]) is None
+
+
+def test_arms_run_apart_make_one_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def write(name: str, runs: list[tuple[str, int, float, float]], **settings: object) -> str:
+        """Leave what a recipe does of the runs (arm, seed, learning-rate scale, loss)."""
+        made = []
+        for arm, seed, scale, loss in runs:
+            alone = arm == "full_alone"
+            scores = {"full": {"loss": loss} if alone else None, "core": None if alone else {"loss": loss}}
+            counts = {"full_updates": 4, "core_updates": 0 if alone else 6, "teacher_forwards": 0, "flops": 10}
+            run = Run(
+                arm, arm, seed, scale, **counts, **scores, seconds=1.0, peak_memory=None, selection=loss, history=[]
+            )
+            made.append({**vars(run), "chosen": True})
+        kept = {key: {} for key in ("versions", "hardware")}
+        (tmp_path / name).mkdir()
+        results = {
+            "command": name,
+            "recipe_settings": settings,
+            "training_settings": {"output_dir": name},
+            "runs": made,
+        }
+        (tmp_path / name / "results.json").write_text(json.dumps(kept | results))
+        return str(tmp_path / name)
+
+    # the full network alone was trained in every process, and rate 8, with the lowest loss, for one seed only
+    first = write("a", [("joint", 0, 2.0, 3.0), ("joint", 0, 4.0, 2.5), ("joint", 0, 8.0, 1.0)], vocab_size=300)
+    second = write("b", [("full_alone", 0, 2.0, 2.0), ("joint", 1, 2.0, 3.5), ("joint", 1, 4.0, 3.1)], vocab_size=300)
+    third = write("c", [("full_alone", 0, 4.0, 2.0)], vocab_size=300)
+    out = ["--output_dir", str(tmp_path / "out")]
+    full, joint = side_by_side.main([first, second, third, *out])
+    assert [run.arm for run in full] == ["full_alone"]
+    assert [(run.seed, run.learning_rate_scale) for run in joint] == [(0, 4.0), (1, 4.0)]
+    printed = capsys.readouterr().out
+    assert "2.8000 ± 0.4243" in printed and "1.0000 (1)" in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["commands"] == ["a", "b", "c"] and sum(run["chosen"] for run in results["runs"]) == 3
+    with pytest.raises(ValueError, match=r"\['vocab_size'\]"):
+        side_by_side.main([first, write("d", [("joint", 1, 2.0, 3.0)], vocab_size=400), *out])
