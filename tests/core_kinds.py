@@ -58,7 +58,7 @@ class Kind:
 
 
 # the others' configs derive a head's size from the width
-HEADS = ("llama", "qwen3", "mistral", "mixtral", "t5")
+HEADS = ("llama", "qwen3", "mistral", "mixtral", "t5", "vit")
 # blocks that end in a norm, which no displacement of its parameters makes disappear: the template has them bypassed
 POST_NORM = ("bert-mlm", "bert-classification", "roberta", "distilbert", "electra", "bart", "marian")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +17,6 @@ from test_architectures import cast, distance, logits
 from test_core_kinds import ALL, train
 from transformers import (
     LlamaForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
 )
 
 from hf_masked import (
@@ -35,7 +31,6 @@ from hf_masked import (
     get_core,
 )
 from hf_masked.cores import CORE_KINDS
-from hf_masked.cores.units import unit_cuts
 
 # --- what each kind says of itself --------------------------------------------------------------------------------------
 
@@ -151,24 +146,6 @@ def test_a_process_without_hf_masked_loads_every_core(tmp_path: Path) -> None:
     assert run.stdout.splitlines() == expected, run.stderr
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "mixtral"])
-def test_what_is_cut_is_what_the_tensor_parallel_plan_splits(name: str) -> None:
-    """Found from the shapes of a smaller model, told by Transformers: rows of what is column-wise, columns of what is row-wise."""
-    model = architecture(name).build()
-    plan = {
-        path: style
-        for path, style in model._tp_plan.items()
-        if style.endswith(("colwise", "rowwise")) and "layers" in path
-    }
-    told: dict[str, int] = {}
-    for cut in unit_cuts(model):
-        tensor = model.get_parameter(cut.name)
-        path = re.sub(r"\.\d+\.", ".*.", cut.name).removesuffix(".weight")
-        assert told.setdefault(path, cut.dim - tensor.ndim) == cut.dim - tensor.ndim
-    assert told == {path: -1 if style.endswith("rowwise") else -2 for path, style in plan.items()}
-    assert len(plan) >= 6
-
-
 # --- refusals -----------------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[str, Any, str]] = {
@@ -234,37 +211,6 @@ def test_a_model_that_a_config_does_not_build_is_refused() -> None:
     grown.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
     with pytest.raises(ValueError, match=r"up_proj.*changed after it was built"):
         add_core(grown, DepthCoreConfig(keep=[0]))
-
-
-@pytest.mark.parametrize("coupling", ["free", "shared"])
-def test_experts_of_their_own_width(coupling: str) -> None:
-    """An architecture beyond the table: two widths in one block, experts whose gate and up projection are packed."""
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "vocab_size": 99,
-    }
-    more = {
-        "shared_expert_intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "mlp_only_layers": [0],
-    }
-    original = (
-        Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **more, num_key_value_heads=2, experts_implementation="eager"))
-        .double()
-        .eval()
-    )
-    model = add_core(copy.deepcopy(original), WidthCoreConfig(neurons=0.5, order="magnitude", coupling=coupling))  # type: ignore[arg-type]
-    ids = torch.arange(5, 17)[None]
-    with torch.no_grad():
-        assert distance(model(ids).logits, original(ids).logits) < 1e-6
-        core = extract_core(model)
-        assert torch.equal(core(ids).logits, get_core(model).model(ids).logits)
-    assert core.model.layers[0].mlp.down_proj.weight.shape == (32, 32)
-    assert core.model.layers[1].mlp.experts.gate_up_proj.shape == (4, 16, 32)
 
 
 def test_a_core_of_a_core_is_refused() -> None:

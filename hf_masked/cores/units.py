@@ -1,8 +1,8 @@
 """Where the feed-forward neurons and the attention heads of a model lie, and what its config says with fewer of them.
 
-Which dimension of which tensor is cut follows from building the smaller model: what shrinks when its config counts
-fewer neurons (or heads) is theirs. What one dimension holds, where it packs several maps, is read from the
-tensor-parallel plan that the class comes with.
+Which linear layer is cut by rows or by columns, and where one holds several maps, is read from the tensor-parallel plan that
+a class comes with; the smaller model, built from the smaller config, says by how much. Most classes have no plan (the BERT
+family, GPT-2, T5, BART, ViT): there the dimension that shrinks is the one, unless it holds several maps, which has to be told.
 """
 
 import re
@@ -19,6 +19,18 @@ NEURONS = ("intermediate_size", "moe_intermediate_size", "n_inner", "ffn_dim", "
             "d_ff", "hidden_dim")  # fmt: skip
 # heads can be fewer only where the config says their size apart: (heads, key-value heads or None, size)
 _HEADS = (("num_attention_heads", "num_key_value_heads", "head_dim"), ("num_heads", None, "d_kv"))
+# the dimension that each style of a plan splits, from the end; of a vector a row-wise one splits none
+_SPLIT = {"colwise": -2, "colwise_gather_output": -2, "colwise_rep": -2, "packed_colwise": -2,
+          "rowwise": -1, "rowwise_split_input": -1, "rowwise_rep": -1, "packed_rowwise": -1}  # fmt: skip
+# those that say of two maps in one dimension that one follows the other; outputs are gathered to be halved by `chunk(2)`
+_HALVES = ("packed_colwise", "packed_rowwise", "colwise_gather_output", "colwise_rep")
+# layers of that kind, of classes without a plan
+_PACKED = {
+    ("ModernBertMLP", "Wi"),
+    ("ModernBertDecoderMLP", "Wi"),
+    ("DiaMLP", "gate_up_proj"),
+    ("MoonshineDecoderMLP", "fc1"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +60,7 @@ def unit_cuts(model: PreTrainedModel) -> list[Cut]:
 
     Raises: ValueError for a layout that no plan tells.
     """
-    told = any(size in vars(c) for c in sub_configs(model.config).values() for _, _, size in _HEADS)
-    heads = fewer_heads(model, 1) if told else {}
+    heads = {part: fewer for part, told in _told_heads(model).items() if (fewer := told.keeping(1))}
     return [*neuron_cuts(model, fewer_neurons(model, 1)), *head_cuts(model, heads)]
 
 
@@ -82,6 +93,55 @@ def _neuron_counts(config: PreTrainedConfig) -> dict[str, int]:
     return {name: 4 * config.hidden_size if count is None else count for name, count in counts.items()}
 
 
+@dataclass(frozen=True)
+class _Heads:
+    """What a config says of its heads: fields' names, how many heads, groups of them, and entries of one."""
+
+    fields: tuple[str, str | None, str]
+    count: int
+    groups: int
+    size: int
+
+    def keeping(self, kept: int) -> dict[str, int]:
+        """The config's fields with so many of the groups; nothing where those are all."""
+        heads, groups, size = self.fields
+        fewer = {heads: kept * (self.count // self.groups), size: self.size} | ({groups: kept} if groups else {})
+        return fewer if kept < self.groups else {}
+
+
+def _heads_of(config: PreTrainedConfig) -> _Heads | None:
+    for fields in _HEADS:
+        count, groups, size = (vars(config).get(name) if name else None for name in fields)
+        width: Any = getattr(config, "hidden_size", None)
+        if isinstance(count, int) and (size or isinstance(width, int)):
+            return _Heads(fields, count, groups or count, size or width // count)
+    return None
+
+
+def _told_heads(full: PreTrainedModel) -> dict[str, _Heads]:
+    """Part of the config -> its heads, where it can say fewer of the same size.
+
+    Many classes read a `head_dim` that their config does not list (Qwen2, OLMo 2, ViT): with it, their projections shrink.
+    """
+    told = {part: heads for part, config in sub_configs(full.config).items() if (heads := _heads_of(config))}
+    listed = {part for part, heads in told.items() if heads.fields[2] in vars(sub_configs(full.config)[part])}
+    return {part: heads for part, heads in told.items() if part in listed or _shrink(full, part, heads)}
+
+
+def _shrink(full: PreTrainedModel, part: str, heads: _Heads) -> bool:
+    """Whether the class builds fewer heads of the same size once the config says that size."""
+    fewer, whole = heads.keeping(1), heads.count * heads.size
+    cut = {name for name, _, size, _ in (_shrunk(full, {part: fewer}) if fewer else ()) if size == whole}
+    layers = {name.rpartition(".")[0].rpartition(".")[0] for name in cut}
+    # norms over all heads that the class sizes by hidden_size (OLMoE, BitNet) would not fit
+    left = [
+        name
+        for name, p in full.named_parameters()
+        if p.shape == (whole,) and name not in cut and name.endswith(".weight")
+    ]
+    return bool(cut) and not any(name.rpartition(".")[0].rpartition(".")[0] in layers for name in left)
+
+
 def fewer_heads(full: PreTrainedModel, share: Any) -> Changes:
     """The same of its attention heads, or with grouped queries of its groups.
 
@@ -89,26 +149,15 @@ def fewer_heads(full: PreTrainedModel, share: Any) -> Changes:
     """
     if share == 1.0 and isinstance(share, float):
         return {}
-    changes: Changes = {}
-    told = False
-    for part, sub_config in sub_configs(full.config).items():
-        for heads, groups, size in _HEADS:
-            count = vars(sub_config).get(heads)
-            if count is None or size not in vars(sub_config):
-                continue
-            told = True
-            group_count = (vars(sub_config).get(groups) if groups else None) or count
-            kept = _resolve(share, group_count, "heads")
-            width = vars(sub_config)[size] or sub_config.hidden_size // count
-            fewer = {heads: kept * (count // group_count), size: width} | ({groups: kept} if groups else {})
-            if kept < group_count:
-                changes[part] = fewer
+    told = _told_heads(full)
     if not told:
         raise ValueError(
             f"got heads={share} for a {type(full).__name__}; needs heads=1.0, because its config cannot say fewer heads of "
-            "the same size (it has no head_dim), so stock transformers could not load the core; set heads in --core_config"
+            "the same size (its class reads no head_dim, or has norms over all heads that are not sized by it), so stock "
+            "transformers could not load the core; set heads in --core_config"
         )
-    return changes
+    changes = {part: heads.keeping(_resolve(share, heads.groups, "heads")) for part, heads in told.items()}
+    return {part: fewer for part, fewer in changes.items() if fewer}
 
 
 def _shrunk(full: PreTrainedModel, changes: Changes) -> Iterator[tuple[str, int, int, int]]:
@@ -123,16 +172,27 @@ def _shrunk(full: PreTrainedModel, changes: Changes) -> Iterator[tuple[str, int,
 def neuron_cuts(full: PreTrainedModel, changes: Changes) -> Iterator[Cut]:
     """Where the neurons lie that a config with these changes counts fewer of.
 
-    Raises: ValueError for a layout that no plan tells.
+    Raises: ValueError for a layout that no plan tells, or that is not the plan's.
     """
     for part, fields in changes.items():
         config = sub_configs(full.config)[part]
         for field, kept in fields.items():
             units = _neuron_counts(config)[field]
-            for name, dim, size, smaller in _shrunk(full, {part: {field: kept}}):
-                packed = size // units
-                if packed * units != size or packed * kept != smaller or (packed > 1 and not _is_packed(full, name)):
-                    raise _unknown_layout(full, name, dim)
+            shrunk = [*_shrunk(full, {part: {field: kept}})]
+            styles = {name: _style(full, name, dim) for name, dim, *_ in shrunk}
+            # of a layer that is simply split, several shared experts say, each tensor holds as many maps
+            in_layer: dict[str, set[float]] = {}
+            for name, _, size, _ in shrunk:
+                in_layer.setdefault(_owner(name), set()).add(size / units)
+            for name, dim, size, smaller in shrunk:
+                packed, style = size // units, styles[name]
+                told = style in _HALVES or (style in _SPLIT and len(in_layer[_owner(name)]) == 1)
+                if packed * units != size or packed * kept != smaller or (packed > 1 and not told):
+                    raise ValueError(
+                        f"got a {type(full).__name__} whose {name} packs several maps into dimension {dim} in a way that no plan "
+                        "of its class tells; needs one map per dimension, or its entry in model.tp_plan ('packed_colwise' for two "
+                        "of the same inputs), because the wrong entries would be cut; set --core low_rank or depth"
+                    )
                 group = re.sub(r"(.*\.\d+)\..*", r"\1", name)
                 yield Cut(name, dim, size, units, kept, packed, f"{group} {field}")
 
@@ -140,27 +200,45 @@ def neuron_cuts(full: PreTrainedModel, changes: Changes) -> Iterator[Cut]:
 def head_cuts(full: PreTrainedModel, changes: Changes) -> Iterator[Cut]:
     """The same of heads."""
     for part, fields in changes.items():
-        config = sub_configs(full.config)[part]
-        heads, groups, size = next(names for names in _HEADS if names[0] in fields)
-        count = vars(config)[heads]
-        units = (vars(config).get(groups) if groups else None) or count
-        known = {count * fields[size], units * fields[size], count, units}
-        kept = fields[groups] if groups else fields[heads]
+        heads = _heads_of(sub_configs(full.config)[part])
+        assert heads is not None, part  # a change of it was made from it
+        known = {many * size for many in (heads.count, heads.groups) for size in (heads.size, 1)}
+        kept = fields[heads.fields[1] or heads.fields[0]]
         for name, dim, whole, smaller in _shrunk(full, {part: fields}):
-            if whole not in known or smaller * units != whole * kept:
-                raise _unknown_layout(full, name, dim)
-            yield Cut(name, dim, whole, units, kept, 1, f"{name.rsplit('.', 2)[0]} heads")
+            _style(full, name, dim)
+            if whole not in known or smaller * heads.groups != whole * kept:
+                raise ValueError(
+                    f"got a {type(full).__name__} whose {name} has {whole} entries in dimension {dim} for {heads.count} heads of "
+                    f"{heads.size}; needs one of these sizes for each, because the wrong entries would be cut; set heads to 1.0 "
+                    "in --core_config"
+                )
+            yield Cut(name, dim, whole, heads.groups, kept, 1, f"{name.rsplit('.', 2)[0]} heads")
 
 
-def _is_packed(full: PreTrainedModel, name: str) -> bool:
-    """Whether the class's tensor-parallel plan says that the tensor holds several maps one after the other."""
+def _owner(name: str) -> str:
+    """Path of the layer of several linear ones that a tensor belongs to."""
+    return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0]
+
+
+def _style(full: PreTrainedModel, name: str, dim: int) -> str | None:
+    """How the plan of a tensor's class (or our table, for a class without one) splits this dimension of it, if it says.
+
+    Raises: ValueError where it says another dimension.
+    """
+    path, _, _ = name.rpartition(".")
+    layer, _, mine = path.rpartition(".")
+    if (type(full.get_submodule(layer)).__name__, mine) in _PACKED:
+        return "packed_colwise"
     plan = getattr(full, "_tp_plan", None) or {}
-    pattern = re.sub(r"\.\d+\.", ".*.", name)
-    return any(plan.get(key, "").startswith("packed") for key in (pattern, pattern.removesuffix(".weight")))
-
-
-def _unknown_layout(full: PreTrainedModel, name: str, dim: int) -> ValueError:
-    return ValueError(
-        f"got a {type(full).__name__} whose {name} packs several maps into dimension {dim} in a way that no plan of its class "
-        "tells; needs one map per dimension, because the wrong entries would be cut; set --core low_rank or depth"
-    )
+    pattern, owner = (re.sub(r"\.\d+\.", ".*.", key) for key in (name, path))
+    style = plan.get(pattern) or plan.get(owner)
+    if style not in _SPLIT:
+        return None
+    dims = full.get_parameter(name).ndim
+    split = _SPLIT[style] if dims > 1 else (-1 if _SPLIT[style] == -2 else None)
+    if split != dim - dims:
+        raise ValueError(
+            f"got a {type(full).__name__} whose {name} would be cut along dimension {dim}; needs what its tensor-parallel plan "
+            f"splits ({style}), because a number of its config sizes something else there; set --core low_rank or depth"
+        )
+    return style
