@@ -1,4 +1,4 @@
-"""fp16 on a CPU as accelerate has it on a GPU: a real GradScaler, unscaled once per update step; overflows skip the step."""
+"""fp16 on a CPU as accelerate has it on a GPU, and there: a real GradScaler, unscaled once per update; overflows skip the step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.utils import AutocastKwargs
 from common import arguments, difference, fit, log, rows, tiny, values
+from on_gpu import DEVICES
 from transformers import Trainer, TrainerCallback
 
 from hf_masked import MaskedTrainer, get_core, get_cores, has_core
@@ -44,7 +45,7 @@ class Counting(torch.amp.GradScaler):
         self.seen[id(optimizer)] += 1
 
 
-def scaled(base: type[Trainer], scale: float = 2.0**10, autocast: bool = False) -> Any:
+def scaled(base: type[Trainer], scale: float = 2.0**10, autocast: bool = False, device: str = "cpu") -> Any:
     """A trainer with a loss scale that grows every second update; without autocast it changes no bit of any gradient."""
 
     class Scaled(base):  # type: ignore[valid-type, misc]
@@ -52,7 +53,7 @@ def scaled(base: type[Trainer], scale: float = 2.0**10, autocast: bool = False) 
             super().create_accelerator_and_postprocess()
             self.accelerator.native_amp = True
             self.accelerator.autocast_handler = AutocastKwargs(enabled=autocast)
-            self.accelerator.scaler = Counting("cpu", init_scale=scale, growth_interval=2)
+            self.accelerator.scaler = Counting(device, init_scale=scale, growth_interval=2)
             Counting.seen = Counter()
 
     return Scaled
@@ -61,6 +62,13 @@ def scaled(base: type[Trainer], scale: float = 2.0**10, autocast: bool = False) 
 def train(folder: Path, base: Any, name: str, **options: Any) -> Any:
     model = tiny("gpt2")
     return fit(folder, model, base, **RUNS[name] | {"fp16": True, "max_grad_norm": 0.5} | options)
+
+
+def on(device: str, base: type[Trainer] = MaskedTrainer, autocast: bool = True) -> dict[str, Any]:
+    """Training there, with the same bits every time; a GPU in float16."""
+    gpu = device != "cpu"
+    made = scaled(base, autocast=autocast or gpu, device=device)
+    return {"base": made, "use_cpu": not gpu, "full_determinism": gpu}
 
 
 def state(trainer: Any) -> dict[str, Any]:
@@ -99,12 +107,10 @@ class Overflow(TrainerCallback):
             self.hook.remove()
 
 
-def overflown(
-    folder: Path, name: str, network: str, base: Any = MaskedTrainer, **options: Any
-) -> tuple[Any, Overflow]:
+def overflown(folder: Path, name: str, network: str, **options: Any) -> tuple[Any, Overflow]:
     spoil = Overflow({"core": 3, "full": 2}[network], network)
     callbacks = {"trainer_options": {"callbacks": [spoil]}, "optim": "adamw_torch"}
-    return train(folder, scaled(base), name, **callbacks | options), spoil
+    return train(folder, name=name, **callbacks | options), spoil
 
 
 def updates(trainer: Any) -> tuple[int, ...]:
@@ -112,6 +118,7 @@ def updates(trainer: Any) -> tuple[int, ...]:
     return tuple(stepper.scheduler.last_epoch for stepper in (trainer._full, *trainer._cores))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "name, network, made, calm",
     [
@@ -123,10 +130,11 @@ def updates(trainer: Any) -> tuple[int, ...]:
     ],
 )
 def test_an_overflow_skips_the_step(
-    name: str, network: str, made: tuple[int, int], calm: tuple[int, int], tmp_path: Path
+    name: str, network: str, made: tuple[int, int], calm: tuple[int, int], device: str, tmp_path: Path
 ) -> None:
     """Nothing of that update moves, its own curve waits, its own scale halves, the phases go on; the other's do not care."""
-    trainer, spoil = overflown(tmp_path, name, network)
+    there = on(device, autocast=False) | {"optim": "adamw_torch"}
+    trainer, spoil = overflown(tmp_path, name, network, **there)
     before, after = spoil.seen[spoil.step : spoil.step + 2]
     other = "" if name in ("alternate", "alternate-shared", "sum") else {"core": "full", "full": "core"}[network]
     stood = [n for n in before if not other or not n.startswith(other)]
@@ -136,39 +144,38 @@ def test_an_overflow_skips_the_step(
     assert all(
         torch.isfinite(p).all() for network in (trainer.model, trainer.core_model) for p in network.parameters()
     )
-    assert updates(train(tmp_path, scaled(MaskedTrainer), name, optim="adamw_torch")) == calm, (
-        "where nothing overflows"
-    )
+    assert updates(train(tmp_path, name=name, **there)) == calm, "where nothing overflows"
 
 
-def test_the_cores_overflow_is_not_the_full_networks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_cores_overflow_is_not_the_full_networks(device: str, tmp_path: Path) -> None:
     """In half precision, where the scale shows: full network, moments and scale are plain Trainer's, bit for bit."""
-    plain = train(tmp_path, scaled(Trainer, autocast=True), "ride_along")
+    plain = train(tmp_path, name="ride_along", **on(device, Trainer))
     spoil = Overflow(3, "core")
     options = {"trainer_options": {"callbacks": [spoil]}}
-    joint = train(tmp_path, scaled(MaskedTrainer, autocast=True), "ride_along", **options)
+    joint = train(tmp_path, name="ride_along", **on(device), **options)
     assert difference(values(joint.model), values(plain.model)) is None
     assert difference(joint.optimizer.state_dict(), plain.optimizer.state_dict()) is None
     assert joint._full.optimizer.scaler.state_dict() == plain.accelerator.scaler.state_dict()
     assert joint._core.optimizer.scaler.state_dict() != plain.accelerator.scaler.state_dict()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
-def test_what_a_rule_remembers_survives_an_overflow(optim: str, tmp_path: Path) -> None:
-    trainer, spoil = overflown(tmp_path, "topk_ef", "full", optim=optim)
+def test_what_a_rule_remembers_survives_an_overflow(optim: str, device: str, tmp_path: Path) -> None:
+    trainer, spoil = overflown(tmp_path, "topk_ef", "full", optim=optim, **on(device, autocast=False))
     before, after = spoil.seen[spoil.step : spoil.step + 2]
     assert difference(after, before) is None and difference(spoil.seen[-1], after) is not None
     remembered = trainer.plan.full.grad_mask.error
     assert remembered and all(torch.isfinite(e).all() for e in remembered.values())
 
 
-def test_the_scale_is_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_scale_is_resumed(device: str, tmp_path: Path) -> None:
     """A run that is resumed ends with the bits, and both scales, of one that was not."""
-    options = {"save_strategy": "steps", "save_steps": 3}
-    whole = train(tmp_path, scaled(MaskedTrainer, autocast=True), "ride_along", **options)
-    again = train(
-        tmp_path, scaled(MaskedTrainer, autocast=True), "ride_along", resume=tmp_path / "checkpoint-3", **options
-    )
+    options = on(device) | {"name": "ride_along", "save_strategy": "steps", "save_steps": 3}
+    whole = train(tmp_path, **options)
+    again = train(tmp_path, **options, resume=tmp_path / "checkpoint-3")
     assert difference(values(again.model), values(whole.model)) is None
     assert difference(values(again.core_model), values(whole.core_model)) is None
     for one, other in ((again._full, whole._full), (again._core, whole._core)):
