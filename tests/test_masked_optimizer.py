@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from on_gpu import DEVICES
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -46,18 +47,22 @@ def gradient(step: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(step)).to(dtype)
 
 
+def kept(density: str, device: str = "cpu") -> torch.Tensor:
+    return (torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < DENSITIES[density]).to(device)
+
+
 def run(
-    make: Any, mask: Any, policy: str, steps: int = 5, dtype: torch.dtype = torch.float32
+    make: Any, mask: Any, policy: str, steps: int = 5, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[Any, Any, list[Any]]:
     """The parameter, the optimizer, and copies of the parameter and its state before every step."""
-    parameter = nn.Parameter(gradient(99, dtype))
+    parameter = nn.Parameter(gradient(99, dtype).to(device))
     parameter.data[0, 0] = -0.0
     optimizer = make([parameter])
     masked, seen = MaskedSteps(optimizer), []
     for t in range(steps):
         # the first step lets everything move, so that there is state to hold
         masked.obey(StepMask({"w": parameter}, {"w": mask}, policy) if t and mask is not None else None)
-        parameter.grad = gradient(t, dtype)
+        parameter.grad = gradient(t, dtype).to(device)
         seen.append((parameter.detach().clone(), entries(optimizer, parameter)))
         optimizer.step()
     return parameter.detach(), optimizer, [*seen, (parameter.detach().clone(), entries(optimizer, parameter))]
@@ -73,12 +78,15 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.view(words) == b.view(words)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_held_entries_keep_their_bits_and_the_others_move_as_without_a_mask(name: str, density: str) -> None:
-    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < DENSITIES[density]
-    held, _, seen = run(OPTIMIZERS[name], mask, "freeze")
-    free, _, _ = run(OPTIMIZERS[name], None, "freeze")
+def test_held_entries_keep_their_bits_and_the_others_move_as_without_a_mask(
+    name: str, density: str, device: str
+) -> None:
+    mask = kept(density, device)
+    held, _, seen = run(OPTIMIZERS[name], mask, "freeze", device=device)
+    free, _, _ = run(OPTIMIZERS[name], None, "freeze", device=device)
     (start, state), (end, last) = seen[1], seen[-1]
     assert same_bits(start, end)[~mask].all()
     assert all(same_bits(state[key], last[key])[~mask].all() for key in state)
@@ -93,7 +101,7 @@ def test_what_moves_a_tensor_as_a_whole_sees_all_of_it(name: str, density: str) 
     if name == "Muon" and not hasattr(torch.optim, "Muon"):
         pytest.skip("newer than this torch")
     kind = Normed if name == "Normed" else torch.optim.Muon
-    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < DENSITIES[density]
+    mask = kept(density)
     held, free = (run(lambda p: kind(p, lr=0.1, momentum=0.9), m, "freeze", steps=2)[0] for m in (mask, None))
     assert torch.equal(held[mask], free[mask]) and not torch.isclose(held, free)[~mask].all()
 
@@ -101,9 +109,10 @@ def test_what_moves_a_tensor_as_a_whole_sees_all_of_it(name: str, density: str) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("policy", ["freeze", "decay", "reset"])
-def test_state_policies(policy: str, density: str, dtype: torch.dtype) -> None:
-    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < DENSITIES[density]
-    _, _, seen = run(OPTIMIZERS["AdamW foreach"], mask, policy, dtype=dtype)
+@pytest.mark.parametrize("device", DEVICES)
+def test_state_policies(device: str, policy: str, density: str, dtype: torch.dtype) -> None:
+    mask = kept(density, device)
+    _, _, seen = run(OPTIMIZERS["AdamW foreach"], mask, policy, dtype=dtype, device=device)
     for (x, before), (y, after) in itertools.pairwise(seen[1:]):
         assert same_bits(x, y)[~mask].all() and (x != y)[mask].float().mean() > 0.9
         for key, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)):
@@ -260,17 +269,18 @@ FACTORED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("name", FACTORED)
-def test_state_that_is_not_per_entry(name: str, density: str) -> None:
+def test_state_that_is_not_per_entry(name: str, density: str, device: str) -> None:
     """Adafactor's rows and columns can go on without a gradient, but cannot be held entry by entry."""
-    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < DENSITIES[density]
-    _, _, seen = run(FACTORED[name], mask, "decay")
+    mask = kept(density, device)
+    _, _, seen = run(FACTORED[name], mask, "decay", device=device)
     assert same_bits(seen[1][0], seen[-1][0])[~mask].all()
     assert (seen[1][0] != seen[-1][0])[mask].all()
     for policy in ("freeze", "reset"):
         with pytest.raises(ValueError, match=r'(?s)got Adafactor, whose state.*"decay".*--optim'):
-            run(FACTORED[name], mask, policy)
+            run(FACTORED[name], mask, policy, device=device)
 
 
 @pytest.mark.parametrize("density", DENSITIES)
@@ -278,7 +288,7 @@ def test_bitsandbytes(density: str) -> None:
     """32-bit state is held entry by entry; of 8-bit state blocks have a scale in common, so that is refused where it would
     have to be, and goes on without a gradient, or rests as a whole, with every bit of the parameter."""
     optim = pytest.importorskip("bitsandbytes").optim
-    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7)) < DENSITIES[density]
+    mask = kept(density)
 
     def make(parameters: Any, eight_bit: bool = True) -> Any:
         kind = optim.AdamW8bit if eight_bit else optim.AdamW32bit

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from common import fit, tiny, values
+from on_gpu import DEVICES
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
@@ -51,17 +52,19 @@ def apart(one: Values, other: Values) -> float:
     return max(float((one[n] - v).abs().max()) for n, v in other.items())
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("unified", [True, False])
 @pytest.mark.parametrize("k", [0.25, 3])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_gradients_are_those_of_masked_output_gradients(name: str, k: float, unified: bool) -> None:
-    model = tiny(name).double()
-    ids = 5 + torch.arange(16).view(2, 8)
+def test_gradients_are_those_of_masked_output_gradients(name: str, k: float, unified: bool, device: str) -> None:
+    model = tiny(name).double().to(device)
+    ids = 5 + torch.arange(16, device=device).view(2, 8)
     batch = {"input_ids": ids, "labels": ids}
     dense, loss = gradients(model, batch), model(**batch).loss
+    rounding = 0 if device == "cpu" else 1e-6  # of the loss, which is computed in float32
     with MeProp(k, unified)(INFO, model):
         found = gradients(model, batch)
-        assert torch.equal(model(**batch).loss, loss), "the forward pass is what it was"
+        assert abs(model(**batch).loss - loss) <= rounding, "the forward pass is what it was"
     head = model.get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     hooks = [m.register_forward_hook(masked_hook(k, unified)) for m in layers]
@@ -70,7 +73,7 @@ def test_gradients_are_those_of_masked_output_gradients(name: str, k: float, uni
         hook.remove()
     assert found.keys() == expected.keys() and apart(found, expected) < 1e-12
     assert apart(found, dense) > 1e-4, "negative control: nothing was left out"
-    assert apart(gradients(model, batch), dense) == 0, "outside of the context the backward is dense again"
+    assert apart(gradients(model, batch), dense) <= rounding, "outside of the context the backward is dense again"
     assert not any("forward" in vars(m) for m in model.modules())
 
 
@@ -85,13 +88,14 @@ def test_everything_kept_is_plain_training(tmp_path: Path) -> None:
     assert apart(finals[2], finals[0]) > 1e-5
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("unified", [True, False])
-def test_half_precision(unified: bool, tmp_path: Path) -> None:
+def test_half_precision(unified: bool, device: str, tmp_path: Path) -> None:
     finals = []
     for bf16 in (False, True):
         model = tiny("opt")
         plan = Plan(FullOnly(), full=Phase("full", backward=MeProp(0.5, unified)))
-        fit(tmp_path, model, max_steps=2, optim="sgd", bf16=bf16, trainer_options={"plan": plan})
+        fit(tmp_path, model, max_steps=2, optim="sgd", bf16=bf16, use_cpu=device == "cpu", trainer_options={"plan": plan})
         finals.append(values(model))
     assert 0 < apart(*finals) < 1e-3
 
