@@ -95,7 +95,15 @@ def test_half_precision(unified: bool, device: str, tmp_path: Path) -> None:
     for bf16 in (False, True):
         model = tiny("opt")
         plan = Plan(FullOnly(), full=Phase("full", backward=MeProp(0.5, unified)))
-        fit(tmp_path, model, max_steps=2, optim="sgd", bf16=bf16, use_cpu=device == "cpu", trainer_options={"plan": plan})
+        fit(
+            tmp_path,
+            model,
+            max_steps=2,
+            optim="sgd",
+            bf16=bf16,
+            use_cpu=device == "cpu",
+            trainer_options={"plan": plan},
+        )
         finals.append(values(model))
     assert 0 < apart(*finals) < 1e-3
 

@@ -18,6 +18,10 @@ SCRIPT = """
 import json, os, sys
 from pathlib import Path
 import torch
+
+folder, several, on_gpu = Path(sys.argv[1]), "WORLD_SIZE" in os.environ, sys.argv[2:]
+if several and on_gpu:
+    os.environ["LOCAL_RANK"] = "0"  # as on two machines of one GPU each, which here is the same one
 from accelerate import PartialState
 from architectures import architecture
 from common import fit, log, rows, values
@@ -25,7 +29,6 @@ from safetensors.torch import save_file
 
 from hf_masked import get_cores
 
-folder, several = Path(sys.argv[1]), "WORLD_SIZE" in os.environ
 core = {"core": "low_rank", "core_config": {"rank": 4}}
 ride = {"name": "ride_along", "core_updates": 1.5, "start": 1}
 runs = {
@@ -47,15 +50,17 @@ runs = {
     "topk_ef": {"method": "topk_ef", "method_config": {"density": 0.1}},
 }
 for name, options in runs.items():
+    if on_gpu and name not in on_gpu:
+        continue
     trainer = fit(folder / "run", architecture("gpt2").build(n_layer=3 if name == "depths" else 2).double(), **options, optim="sgd", learning_rate=0.05, max_steps=4,
-                  gradient_accumulation_steps=1 if several else 2, ddp_backend="gloo" if several else None,
+                  gradient_accumulation_steps=1 if several else 2, ddp_backend="gloo" if several else None, use_cpu=not on_gpu,
                   trainer_options={"train_dataset": rows(16)})
     if trainer.is_world_process_zero():
         found = values(trainer.accelerator.unwrap_model(trainer.model))
         for core in get_cores(trainer.model).values():
             found |= {f"{core.name}.{n}": v for n, v in values(core.model).items()}
         key = f"{name}-{trainer.accelerator.num_processes}"
-        save_file({n: v.contiguous() for n, v in found.items()}, folder / f"{key}.safetensors")
+        save_file({n: v.contiguous().cpu() for n, v in found.items()}, folder / f"{key}.safetensors")
         (folder / f"{key}.json").write_text(json.dumps(log(trainer)))
 PartialState().wait_for_everyone()
 PartialState().destroy_process_group()
@@ -94,3 +99,14 @@ def test_two_processes_log_what_one_does(name: str, folder: Path) -> None:
         for key in set(mine) - {"phase", "total_flos", "distill_buffer_bytes"}:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (key, mine, theirs)
     assert len({round(row["grad_norm"], 9) for row in one if "grad_norm" in row}) == 4
+
+
+@pytest.mark.gpu
+def test_two_processes_on_a_gpu_are_one(tmp_path: Path) -> None:
+    """Gloo moves what lies there too, and lets two processes have one and the same GPU, which NCCL does not."""
+    some = ["ride", "alternate", "sum", "random", "sam", "drop_connect", "lisa", "topk_ef"]
+    for processes in (1, 2):
+        run_processes(SCRIPT, tmp_path, processes, also=some)
+    for name in some:
+        test_two_processes_are_one(name, tmp_path)
+        test_two_processes_log_what_one_does(name, tmp_path)

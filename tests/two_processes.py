@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch
 TESTS = Path(__file__).resolve().parent
 
 
-def run_processes(script: str, folder: Path, processes: int = 2, timeout: float = 600) -> Path:
-    """Run it, by torchrun where there are several processes, with the folder as its argument; returns the folder."""
+def run_processes(
+    script: str, folder: Path, processes: int = 2, timeout: float = 600, also: Sequence[str] = ()
+) -> Path:
+    """Run it, by torchrun where there are several processes, with the folder and what else there is as its arguments; returns
+    the folder."""
     (folder / "train.py").write_text(script)
     paths = (TESTS.parent, TESTS, TESTS / "devices", TESTS / "faults")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
@@ -22,7 +26,11 @@ def run_processes(script: str, folder: Path, processes: int = 2, timeout: float 
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run = subprocess.run(
-        [*command, str(folder / "train.py"), str(folder)], env=env, capture_output=True, text=True, timeout=timeout
+        [*command, str(folder / "train.py"), str(folder), *also],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return folder

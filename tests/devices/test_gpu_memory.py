@@ -57,7 +57,9 @@ def test_state_of_resting_blocks_is_in_main_memory(tmp_path: Path) -> None:
     model = architecture("llama").build(**SIZES)
     blocks = {n: block_of(n) for n, _ in model.named_parameters()}
     rule: Any = make_method("lisa", **METHOD).update_mask
-    trained = [{blocks[n] for n, kept in rule(StepInfo(t, STEPS), blocks).items() if kept} - {None} for t in range(STEPS)]
+    trained = [
+        {blocks[n] for n, kept in rule(StepInfo(t, STEPS), blocks).items() if kept} - {None} for t in range(STEPS)
+    ]
     assert all(len(some) == 1 for some in trained)
     begun = next(t for t in range(STEPS) if len(set().union(*trained[:t])) == LAYERS)
     assert begun < STEPS - 4 and len(set.union(*trained[begun:])) > 2, "other blocks take turns once all have state"

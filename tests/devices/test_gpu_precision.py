@@ -65,7 +65,9 @@ def test_training_at_another_point_leaves_no_trace(precision: str, rule: Any, tm
 
 
 @pytest.mark.parametrize("network", ["full", "core"])
-@pytest.mark.parametrize("method", [{}, {"method": "sam", "method_config": {"apply_to": "both"}}], ids=["plain", "sam"])
+@pytest.mark.parametrize(
+    "method", [{}, {"method": "sam", "method_config": {"apply_to": "both"}}], ids=["plain", "sam"]
+)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_step_that_is_not_finite_moves_nothing(
     precision: str, method: dict[str, Any], network: str, tmp_path: Path
