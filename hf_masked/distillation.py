@@ -99,7 +99,7 @@ def divergence(
     """
     if kind == "numbers":
         return F.mse_loss(student.float(), temperature * teaching.values, reduction="none").mean(-1)
-    scaled = student.float() / temperature
+    scaled = student.float() if temperature == 1.0 else student.float() / temperature  # not one more copy to keep
     if kind == "labels":
         sides = ((sign * teaching.values, sign * scaled) for sign in (1, -1))  # yes and no
         yes, no = (q.sigmoid() * (F.logsigmoid(q) - F.logsigmoid(p)) for q, p in sides)

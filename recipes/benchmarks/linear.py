@@ -58,7 +58,8 @@ def _measure(
     factors = FactorizedLinear(in_features, out_features, rank, bias=False, device=device)
     A, B = factors.A.weight, factors.B.weight
     layer = MergedLinear(R, factors.A.weight, factors.B.weight, bias=None, transposed=False)
-    upstream = torch.randn(tokens, out_features, device=device)
+    bf16 = setting.precision == "bf16"
+    upstream = torch.randn(tokens, out_features, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     ways: dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]] = {
         "plain": (lambda: F.linear(x, W), [x, W]),
         "merged": (lambda: F.linear(x, torch.addmm(R, B, A)), [x, R, A, B]),
@@ -69,9 +70,9 @@ def _measure(
     for _ in range(1 + repeats):
         for name, (forward, inputs) in ways.items():
             started = Taken.stamp()
-            with torch.autocast(device, torch.bfloat16, enabled=setting.precision == "bf16"):
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 y = forward()
-            torch.autograd.grad(y, inputs, upstream.to(y.dtype))
+            torch.autograd.grad(y, inputs, upstream)
             seconds[name].append((Taken.stamp() - started).seconds(clock))
     medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
     return LayerTimes(in_features, out_features, rank, tokens, **medians)
