@@ -30,7 +30,7 @@ def random_entries(shape: torch.Size, count: int, seed: int, device: torch.devic
     """A mask with exactly `count` entries, every choice of them equally probable; each kind of device has its own draws.
 
     Cost: 16 random bits an entry, or about `count` random places (as many as are left out) where those are few; not on a
-        processor 32 bits an entry and one selection.
+        processor 64 bits an entry and one selection.
 
     >>> int(random_entries(torch.Size([10, 10]), 30, seed=1).sum())
     30
@@ -51,9 +51,9 @@ def random_entries(shape: torch.Size, count: int, seed: int, device: torch.devic
 
 
 def largest_drawn(entries: int, count: int, seed: int, device: torch.device) -> torch.Tensor:
-    """A vector that is True at the `count` largest of as many random numbers of 32 bits as it has entries."""
-    drawn = torch.empty(entries, dtype=torch.int32, device=device)
-    drawn.random_(-(2**31), None, generator=torch.Generator(device).manual_seed(seed))
+    """A vector that is True at the `count` largest of as many random numbers as it has entries, of 64 bits, so that none are equal."""
+    drawn = torch.empty(entries, dtype=torch.int64, device=device)
+    drawn.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
     chosen = torch.zeros(entries, dtype=torch.bool, device=device)
     return chosen.index_fill_(0, drawn.topk(count, sorted=False).indices, True)
 

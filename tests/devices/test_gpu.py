@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from transformers import Trainer
 
 from hf_masked import Phase, Plan, StepInfo
-from hf_masked.draws import bernoulli, normal
+from hf_masked.draws import bernoulli, normal, random_entries
 from hf_masked.perturbations import DropConnect
 from hf_masked.schedules import FullOnly
 
@@ -85,7 +85,7 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "random": (CORE | {"schedule": "random", "mask_seed": 1}, TAUGHT),
     "sam": ({"method": "sam"}, METHOD),
     "topk_ef": ({"method": "topk_ef", "method_config": {"density": 0.1}}, METHOD),
-    "rand_k": ({"method": "rand_k", "method_config": {"density": 0.1}}, METHOD),
+    "top_k": ({"method": "top_k", "method_config": {"density": 0.1}}, METHOD),
     "random_blocks": ({"method": "lisa", "method_config": {"blocks": 1, "every": 2}}, METHOD),
     "badam": ({"method": "badam", "method_config": {"every": 1}}, METHOD),
     "drop_connect": ({}, METHOD),
@@ -112,17 +112,19 @@ def test_draws_of_a_gpu_depend_on_seed_step_and_name_alone() -> None:
     like = torch.empty(shape, device=device)
 
     def draws(info: StepInfo, name: str) -> list[torch.Tensor]:
-        return [bernoulli(info, device, shape, 0.7, name), normal(info, like, name)]
+        few = random_entries(shape, shape.numel() // 10, info.random_seed(name), device)
+        return [bernoulli(info, device, shape, 0.7, name), normal(info, like, name), few]
 
     torch.rand(7, device=device)  # of the stream that the draws are not from
     state = torch.cuda.get_rng_state()
-    kept, noise = draws(StepInfo(3, 9, 1), "w")
-    assert difference(draws(StepInfo(3, 9, 1), "w"), [kept, noise]) is None
+    kept, noise, few = draws(StepInfo(3, 9, 1), "w")
+    assert difference(draws(StepInfo(3, 9, 1), "w"), [kept, noise, few]) is None
     assert torch.equal(state, torch.cuda.get_rng_state())
     for info, name in ((StepInfo(4, 9, 1), "w"), (StepInfo(3, 9, 2), "w"), (StepInfo(3, 9, 1), "v")):
-        assert all(not torch.equal(a, b) for a, b in zip(draws(info, name), (kept, noise), strict=True))
+        assert all(not torch.equal(a, b) for a, b in zip(draws(info, name), (kept, noise, few), strict=True))
     # five standard deviations of the mean of 120,400 draws
-    assert kept.device.type == noise.device.type == DEVICE
+    assert kept.device.type == noise.device.type == few.device.type == DEVICE
+    assert int(few.sum()) == shape.numel() // 10
     assert abs(float(kept.double().mean()) - 0.7) < 5 * (0.7 * 0.3 / shape.numel()) ** 0.5
     assert abs(float(noise.mean())) < 5 / shape.numel() ** 0.5 and abs(float(noise.std()) - 1) < 0.02
 
