@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,11 @@ import torch
 from adapters import NAMES, answer, config, examples, shake, with_adapter
 from architectures import ARCHITECTURES, Architecture, architecture
 from common import arguments, difference, fit, log, tiny, values
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from hf_masked import LoraCoreConfig, MaskedTrainer, add_core, core_mode, export, get_core
+from hf_masked import LoraCoreConfig, MaskedTrainer, add_core, core_mode, export, extract_core, get_core
 from hf_masked.model_card import core_section
 
 RIDE = {"name": "ride_along", "core_updates": 1.5, "start": 2}
@@ -59,19 +57,27 @@ assert "hf_masked" not in sys.modules
 """
 
 
-@pytest.mark.skipif(
-    Version(version("peft")) < Version(MIN_PEFT_VERSION), reason=f"Transformers asks for PEFT {MIN_PEFT_VERSION} here"
-)
 @pytest.mark.parametrize("coupling", ["free", "shared"])
 def test_in_core_mode_the_model_is_a_peft_model_to_transformers(name: str, coupling: str, tmp_path: Path) -> None:
     model: Any = architecture(name).build()
     add_core(model, config(name, coupling=coupling))
     shake(model, get_core(model).model)
     export(model, tmp_path / "out")
+    extracted: Any = extract_core(model)
     with core_mode(model):
-        model.save_pretrained(tmp_path / "again")
-    again, written = (load_file(tmp_path / p / "adapter_model.safetensors") for p in ("again", "out/adapter"))
-    assert difference(again, written) is None
+        model.save_pretrained(tmp_path / "mode")
+    get_core(model).model.save_pretrained(tmp_path / "core", max_shard_size="1KB")
+    extracted.save_pretrained(tmp_path / "extracted", state_dict=extracted.state_dict())  # as Trainer does
+    copy.deepcopy(extracted).save_pretrained(tmp_path / "copied")
+    written = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    for again in ("mode", "core", "extracted", "copied"):
+        assert difference(load_file(tmp_path / again / "adapter_model.safetensors"), written) is None
+        adapted: Any = PeftModel.from_pretrained(architecture(name).build(), tmp_path / again)
+        assert torch.equal(answer(adapted, name), answer(extracted, name))
+    for refused in ({"push_to_hub": True}, {"variant": "fp16"}, {"save_peft_format": False}):
+        with pytest.raises(ValueError, match=f"got {next(iter(refused))}=.*because"):
+            extracted.save_pretrained(tmp_path / "refused", **refused)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_stock_peft_in_a_process_without_hf_masked(tmp_path: Path) -> None:

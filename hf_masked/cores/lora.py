@@ -13,12 +13,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
@@ -27,7 +26,16 @@ from transformers.pytorch_utils import Conv1D
 from .base import Core, Rung
 from .linear import MergedLinear, best_rank_r
 from .lora_config import LoraCoreConfig
-from .lora_layers import ADAPTER_NAME, Leading, check_targets, lora_layers, saved_modules, with_adapter
+from .lora_layers import (
+    ADAPTER_NAME,
+    Leading,
+    check_targets,
+    lora_layers,
+    save_adapter,
+    saved_modules,
+    with_adapter,
+    write_adapter,
+)
 from .modules import (
     named_tensors,
     parameter_sites,
@@ -108,6 +116,7 @@ class LoraCore(RankLadder):
         """The base model with the adapter in it; its `save_pretrained` writes the adapter alone."""
         extracted: Any = plain_copy(self.model)
         extracted.peft_config[ADAPTER_NAME] = self._peft_config()
+        extracted.save_pretrained = MethodType(save_adapter, extracted)
         for path in self.layers if self.nested else ():
             layer = extracted.get_submodule(path)
             layer.r[ADAPTER_NAME] = layer.lora_A[ADAPTER_NAME].active_rank
@@ -128,16 +137,13 @@ class LoraCore(RankLadder):
         return config
 
     def write(self, folder: str | Path, core_format: str, max_shard_size: int | str = "50GB") -> None:
-        """What `PeftModel.from_pretrained(base, folder)` of PEFT loads; in one file, since PEFT reads no shards."""
+        """As `write_adapter`, without a copy of W0."""
         network: Any = self.model
         state = get_peft_model_state_dict(network, adapter_name=ADAPTER_NAME)
         for path, layer in self.layers.items() if self.nested else ():
             state[f"{path}.lora_A.weight"] = layer.lora_A[ADAPTER_NAME].leading()
             state[f"{path}.lora_B.weight"] = layer.lora_B[ADAPTER_NAME].leading()
-        file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({f"base_model.model.{n}": t.contiguous() for n, t in state.items()}, file, {"format": "pt"})
-        self._peft_config().save_pretrained(str(folder))
+        write_adapter(state, self._peft_config(), folder)
 
     def fingerprint(self) -> dict[str, Any]:
         """Cost: one pass over the base weights, on the CPU."""

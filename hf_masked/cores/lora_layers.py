@@ -2,14 +2,17 @@
 
 import re
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import cast_adapter_dtype
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -90,6 +93,39 @@ def with_adapter(model: PreTrainedModel, config: LoraCoreConfig) -> PreTrainedMo
     adapter.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     adapter.inference_mode = True  # what a loaded adapter is, unless it is asked to train
     return network
+
+
+def write_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: str | Path) -> None:
+    """What `PeftModel.from_pretrained(base, folder)` of PEFT loads; in one file, since PEFT reads no shards."""
+    file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"base_model.model.{n}": t.contiguous() for n, t in state.items()}, file, {"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def save_adapter(
+    network: Any, save_directory: str, is_main_process: bool = True, state_dict: Any = None,
+    push_to_hub: bool = False, variant: str | None = None, save_peft_format: bool = True, **ignored: Any,
+) -> None:  # fmt: skip
+    """`save_pretrained` of a network with an adapter, for which some releases of Transformers ask for a PEFT that is yet to come.
+
+    Args: as in Transformers; `ignored`: what has no meaning for an adapter there either, such as max_shard_size.
+
+    Raises: ValueError for what PEFT would not load, and for push_to_hub=.
+    """
+    for name, value, default in (
+        ("push_to_hub", push_to_hub, False),
+        ("variant", variant, None),
+        ("save_peft_format", save_peft_format, True),
+    ):
+        if value != default:
+            raise ValueError(
+                f"got {name}={value!r} for an adapter; needs {default}, because it is written as PEFT loads it; drop {name}, or "
+                "call push_to_hub() of the model"
+            )
+    if is_main_process:
+        state = get_peft_model_state_dict(network, state_dict, ADAPTER_NAME)
+        write_adapter(state, network.peft_config[ADAPTER_NAME], save_directory)
 
 
 def check_targets(model: PreTrainedModel, core: PreTrainedModel, config: LoraCoreConfig) -> None:
