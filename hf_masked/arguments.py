@@ -15,7 +15,7 @@ from .methods import fill_phases, summaries
 from .named_cores import OWN, NamedCore, parse_cores, share_of
 from .plan import Plan
 from .schedules import CoreOnly, FullOnly, RideAlong, Sum, make_schedule
-from .typed import check_types, json_object
+from .typed import as_json, check_types, json_object
 from .types import Phase
 
 _CHOICES = {
@@ -187,6 +187,7 @@ class MaskedArgumentsMixin:
         super().__post_init__()  # type: ignore[misc]
         for name in ("core_loss_weight", "core_learning_rate_scale", "distill_weight", "distill_temperature"):
             setattr(self, name, _as_number(getattr(self, name)))
+        self.core_config, self.cores = as_json(self.core_config), as_json(self.cores)
         check_types(self, MaskedArgumentsMixin, lambda name: f"set --{name}")
         self._apply_preset()
         for name, legal in (_CHOICES | {"core": (*CORE_KINDS, "none")}).items():

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cores import CORE_KINDS, CoreConfig, LowRankCoreConfig
+from .cores import CORE_KINDS, CoreConfig, LoraCoreConfig, LowRankCoreConfig
 from .cores.attached import check_name
 from .schedules import FullOnly, RideAlong, RoundRobin
 from .typed import json_object
@@ -58,7 +58,8 @@ def parse_cores(given: dict[str, Any] | str) -> dict[str, NamedCore]:
 
 def _parse_core(values: Mapping[str, Any]) -> NamedCore:
     options = dict(values)
-    kind = options.pop("kind", LowRankCoreConfig.kind)
+    # an adapter's config says itself what it is of
+    kind = options.pop("kind", (LoraCoreConfig if "peft_type" in options else LowRankCoreConfig).kind)
     if not isinstance(kind, str) or kind not in CORE_KINDS:
         raise ValueError(
             f"got kind={kind!r}; needs one of {list(CORE_KINDS)}, because it says which options there are; set kind there"

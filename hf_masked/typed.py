@@ -3,7 +3,8 @@
 import json
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
+from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -62,6 +63,21 @@ def from_json(value: Any, name: str, rule: str, advice: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"got {name}={value!r}; needs {rule}, because {error}; {advice}") from None
+
+
+def as_json(value: Any) -> Any:
+    """What JSON would hold of a value: dicts for dataclass objects, lists for sets and tuples, their values for enumerations.
+
+    >>> as_json({"target_modules": {"v_proj", "q_proj"}})
+    {'target_modules': ['q_proj', 'v_proj']}
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: as_json(one) for key, one in value.items()}
+    if isinstance(value, set | frozenset | list | tuple):
+        return [as_json(one) for one in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    return value.value if isinstance(value, Enum) else value
 
 
 def json_object(value: Any, flag: str, example: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import torch
 import transformers as tf
 from adapters import config, examples, with_adapter
 from architectures import architecture
-from common import arguments, difference, values
-from peft import IA3Config, LoraConfig
+from common import arguments, difference, fit, values
+from peft import IA3Config, LoraConfig, TaskType
 from torch import nn
 
 from hf_masked import (
@@ -58,6 +58,29 @@ def test_the_content_of_an_adapter_config_is_a_core_config(tmp_path: Path) -> No
     written = json.loads(text)
     assert written["auto_mapping"]["base_model_class"] == "BertForSequenceClassification"
     assert written["base_model_name_or_path"] is None, "a model made from a config has no name"
+
+
+def test_arguments_take_a_peft_config_or_what_it_says_of_itself(tmp_path: Path) -> None:
+    """Also as sets, which JSON does not know: what a run saves of its arguments has to say the same."""
+    given = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type=TaskType.CAUSAL_LM)
+    expected = LoraCoreConfig.from_peft(given)
+    for core_config in (
+        given,
+        given.to_dict(),
+        {"r": 2, "target_modules": {"v_proj", "q_proj"}, "task_type": TaskType.CAUSAL_LM},
+    ):
+        made = arguments(tmp_path, core="lora", core_config=core_config)
+        assert made.make_core_config() == expected
+        saved = json.loads(made.to_json_string())
+        assert arguments(tmp_path, core="lora", core_config=saved["core_config"]).make_core_config() == expected
+    several = arguments(tmp_path, cores={"tuned": given, "small": {"kind": "lora", "target_modules": ("q_proj",)}})
+    assert several.make_core_configs()["tuned"] == expected and several.to_json_string()
+    with pytest.raises(ValueError, match="use_dora=True"):
+        arguments(tmp_path, core="lora", core_config=LoraConfig(use_dora=True))
+    fit(tmp_path, architecture("llama").build(), core="lora", core_config=given, max_steps=1).save_model(
+        str(tmp_path / "out")
+    )
+    assert set(LoraConfig.from_pretrained(tmp_path / "out" / "adapter").target_modules) == {"q_proj", "v_proj"}
 
 
 def test_tasks_add_their_head_and_a_head_left_out_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel
 
+from ..typed import as_json
 from .base import Core, CoreConfig, require
 from .ladder import RungSampling, check_ranks
 
@@ -129,7 +130,7 @@ class LoraCoreConfig(CoreConfig):
         known = {f.name for f in fields(cls)}
         theirs = {k: v for k, v in values.items() if k not in known and k in {*_DEFAULTS, *_BOOKKEEPING}}
         for name, value in theirs.items():
-            if name not in _BOOKKEEPING and value != _DEFAULTS[name]:
+            if name not in _BOOKKEEPING and as_json(value) != as_json(_DEFAULTS[name]):
                 why = _WHY.get(name, "the core is plain LoRA on linear layers")
                 raise ValueError(
                     f"got {name}={value!r} for a LoRA core; needs PEFT's default {_DEFAULTS[name]!r}, because {why}; "
