@@ -154,10 +154,12 @@ def _on_processor(masks: Sequence[torch.Tensor]) -> bool:
 def _runs(masks: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Neighbours on one device, as many as one search can count through."""
     run: list[torch.Tensor] = []
+    entries = 0
     for kept in masks:
-        if run and (kept.device != run[0].device or sum(k.numel() for k in run) + kept.numel() > _SEARCHED):
+        entries += kept.numel()
+        if run and (kept.device != run[0].device or entries > _SEARCHED):
             yield run
-            run = []
+            run, entries = [], kept.numel()
         run.append(kept)
     if run:
         yield run
