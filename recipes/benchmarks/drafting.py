@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     for prompt in range(args.prompts):
         generator = torch.Generator().manual_seed(prompt)
         ids = torch.randint(5, full.config.vocab_size, (1, args.prompt_tokens), generator=generator).to(device)
-        options = {"max_new_tokens": args.new_tokens, "do_sample": False}
+        options = {"max_new_tokens": args.new_tokens, "do_sample": False, "use_cache": True}
         # what the model itself goes on from a few random tokens, so that the prompt is text of its kind
         ids = full.generate(ids, **options)
         start = Taken.stamp()
