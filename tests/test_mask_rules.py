@@ -141,3 +141,14 @@ def test_a_fixed_mask_is_the_mask() -> None:
     found = Fixed(given)(StepInfo(5, 9), tensors(0))
     assert found["layers.0.weight"].equal(given["layers.0.weight"]) and found["layers.1.bias"] is False  # type: ignore[union-attr]
     assert set(found) == {"layers.0.weight", "layers.1.bias"}, "what is not named is left to be trained"
+
+
+def test_masks_from_a_file_are_moved_to_the_device_once() -> None:
+    """Asked again for gradients on a device that is not there, the rules answer with the same tensors."""
+    there = {name: torch.empty(shape, device="meta") for name, shape in SHAPES.items()}
+    masks = {name: g > 0 for name, g in tensors(0).items()}
+    resumed = rule("fisher", density=0.5)
+    resumed.load_state_dict({f"mask.{name}": mask for name, mask in masks.items()})
+    for made in (Fixed(masks), resumed):
+        first, again = (made(StepInfo(t, 9), there) for t in range(2))
+        assert all(mask.device.type == "meta" and again[name] is mask for name, mask in first.items())  # type: ignore[union-attr]

@@ -53,7 +53,9 @@ class Fisher:
 
     def __call__(self, info: StepInfo, gradients: Tensors) -> dict[str, torch.Tensor | bool]:
         if self.masks:
-            return {name: self.masks[name].to(g.device) for name, g in gradients.items()}
+            # moved once, where they come from a checkpoint
+            self.masks |= {name: self.masks[name].to(g.device) for name, g in gradients.items()}
+            return {name: self.masks[name] for name in gradients}
         for name, g in gradients.items():
             square = g.float() ** 2
             self._sums[name] = square + self._sums[name].to(g.device) if name in self._sums else square

@@ -54,8 +54,10 @@ class Fixed:
     on_parts: ClassVar[bool] = True
 
     def __call__(self, info: StepInfo, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | bool]:
-        return {
+        present = {
             name: kept.to(gradients[name].device) if isinstance(kept, torch.Tensor) else kept
             for name, kept in self.masks.items()
             if name in gradients
         }
+        self.masks = {**self.masks, **present}  # moved once, where they come from a file
+        return present
