@@ -48,13 +48,28 @@ class MeProp:
 
     def __post_init__(self) -> None:
         self.k = self._k = make_value(self.k, "k", 0, above=True)
+        given = self._k.given()
+        self._counts = bool(given) and all(isinstance(number, int) for number in given)
+        for number in () if self._counts else given:
+            _check_share(number)
+
+    def check(self, network: nn.Module) -> None:
+        """Refuse, before any training, a network that it cannot be put into, or leaves as it is.
+
+        Raises: ValueError.
+        """
+        widest = max((_width(module) for module in _layers(network)), default=0)
+        if self._counts and min(self._k.given()) > widest:
+            raise ValueError(
+                f"got k={min(self._k.given())} for layers of at most {widest} outputs; needs fewer, because nothing would be left out; "
+                "set it in --method_config"
+            )
 
     @contextmanager
     def __call__(self, info: StepInfo, network: nn.Module) -> Iterator[None]:
         """Inside, the network's linear layers have the sparse backward; their outputs are what they were."""
-        k = self._k(info)
-        if isinstance(k, float) and not 0 < k <= 1:
-            raise ValueError(f"got k={k}; needs an integer, or a share in (0.0, 1.0]; set it in --method_config")
+        k = round(self._k(info)) if self._counts else self._k(info)
+        _check_share(k)
         swapped = {module: vars(module).get("forward") for module in _layers(network)}
         try:
             for module in swapped:
@@ -68,6 +83,11 @@ class MeProp:
                 vars(module).pop("forward", None)
                 if forward is not None:
                     module.forward = forward
+
+
+def _check_share(k: float) -> None:
+    if isinstance(k, float) and k > 1:
+        raise ValueError(f"got k={k}; needs integers >= 1, or shares in (0.0, 1.0]; set it in --method_config")
 
 
 def _layers(network: nn.Module) -> list[nn.Module]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .apply import mask_gradients, rules_of
-from .cores import has_core
+from .cores import get_core, has_core
 from .displacement import Tensors, buffers_kept, displaced, gradients_apart
 from .distillation import Teaching
 from .forward_pass import ForwardPass, ForwardPassMixin
@@ -188,13 +188,19 @@ class SecondPassMixin(ForwardPassMixin):
 
 
 def refuse_phases(trainer: Any, phases: tuple[Phase, ...]) -> None:
-    """Refuse, before any training, fresh batches from data without an index, a backward of its own under compilation, and
-    subnets of what cannot be dealt out.
+    """Refuse, before any training, fresh batches from data without an index, a backward of its own under compilation or in
+    networks it does not fit, and subnets of what cannot be dealt out.
+
+    Args: `phases` of the full network and of each core.
 
     Raises: ValueError.
     """
     if any(isinstance(phase.perturbation, Subnets) for phase in phases):
         _refuse_subnets(trainer)
+    networks = [trainer.model, *(get_core(trainer.model, run.name).model for run in trainer._cores)]
+    for phase, network in zip(phases, networks, strict=True):
+        if check := getattr(phase.backward, "check", None):
+            check(network)
     dataset = trainer.train_dataset
     fresh = any(getattr(phase.perturbation, "fresh_batch", False) for phase in phases)
     if fresh and dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):

@@ -20,12 +20,19 @@ def check_types(instance: Any, of: type, advice: Callable[[str], str]) -> None:
     """
     hints = get_type_hints(of)
     for field in fields(of):
-        value = getattr(instance, field.name)
-        if not _fits(value, hints[field.name]):
-            raise ValueError(
-                f"got {field.name}={value!r}; needs {_spelt(hints[field.name])}, because anything else would be read as "
-                f"something it does not mean; {advice(field.name)}"
-            )
+        check_type(field.name, getattr(instance, field.name), hints[field.name], advice(field.name))
+
+
+def check_type(name: str, value: object, hint: Any, advice: str) -> None:
+    """Refuse one value of another type than its hint says, as `check_types` does.
+
+    Raises: ValueError.
+    """
+    if not _fits(value, hint):
+        raise ValueError(
+            f"got {name}={value!r}; needs {_spelt(hint)}, because anything else would be read as something it does not mean; "
+            f"{advice}"
+        )
 
 
 def _fits(value: object, hint: Any) -> bool:

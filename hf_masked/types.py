@@ -127,7 +127,8 @@ class ParameterMask(Protocol):
 class Backward(Protocol):
     """How a pass is run: a context around forward and backward of each microbatch of `network`.
 
-    It leaves the parameters alone. What it leaves out (entries of output gradients, whole blocks) is its own business.
+    It leaves the parameters alone. What it leaves out (entries of output gradients, whole blocks) is its own business. What
+    it may have besides: check(network), called before any training, raises ValueError for a network that it does not fit.
     """
 
     def __call__(self, info: StepInfo, network: nn.Module) -> AbstractContextManager[None]: ...  # pragma: no cover

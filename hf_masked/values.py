@@ -40,10 +40,8 @@ class Ramp:
     every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("begin", "until"):
-            step = getattr(self, name)
-            number = isinstance(step, int | float) and not isinstance(step, bool) and step >= 0
-            _check(number and (isinstance(step, int) or step <= 1), name, step, "an update step, or a fraction <= 1.0")
+        _check_step("begin", self.begin)
+        _check_step("until", self.until)
         _check(isinstance(self.every, int) and self.every >= 1, "every", self.every, "an integer >= 1")
 
     def given(self) -> list[float]:
@@ -107,8 +105,12 @@ class Piecewise:
     values: list[float]
 
     def __post_init__(self) -> None:
-        rule = "one value more than steps"
-        _check(len(self.values) == len(self.steps) + 1, "values", self.values, rule)
+        for name in ("steps", "values"):
+            given = getattr(self, name)
+            _check(isinstance(given, list | tuple), name, given, "a list")
+        for step in self.steps:
+            _check_step("steps", step)
+        _check(len(self.values) == len(self.steps) + 1, "values", self.values, "one value more than steps")
 
     def __call__(self, info: StepInfo) -> float:
         return self.values[sum(info.step >= resolve_step(step, info.max_steps) for step in self.steps)]
@@ -129,6 +131,9 @@ class WarmUp:
     value: float
     steps: int | float
 
+    def __post_init__(self) -> None:
+        _check_step("steps", self.steps)
+
     def __call__(self, info: StepInfo) -> float:
         return self.value * min(1.0, (info.step + 1) / max(1, resolve_step(self.steps, info.max_steps)))
 
@@ -137,7 +142,25 @@ class WarmUp:
         return [self.value]
 
 
+@dataclass(frozen=True)
+class Function:
+    """A function of the step, whose numbers are held to the range when they are asked for."""
+
+    function: Callable[[StepInfo], float]
+    check: Callable[[float], None]
+
+    def __call__(self, info: StepInfo) -> float:
+        number = self.function(info)
+        self.check(number)
+        return number
+
+    def given(self) -> list[float]:
+        """Nothing is known beforehand."""
+        return []
+
+
 Value: TypeAlias = Callable[[StepInfo], float]
+_KINDS = (Constant, Ramp, Piecewise, WarmUp, Function)
 VALUES: dict[str, type[Any]] = {
     "constant": Constant,
     "linear": Linear,
@@ -148,27 +171,34 @@ VALUES: dict[str, type[Any]] = {
 }
 
 
-def make_value(spec: Spec, option: str, low: float, high: float = math.inf, *, above: bool = False) -> Value:
+def make_value(
+    spec: Spec, option: str, low: float, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> Any:
     """A value from a number, from `{"name": "cubic", "start": 1.0, "end": 0.1}` (a dict or JSON), or a function of the step.
 
     Args:
         spec: the number or its schedule.
         option: what the value is called, for errors.
-        low, high: the legal range; `above` leaves `low` itself out.
+        low, high: the legal range of finite numbers; `above` leaves `low` itself out, `below` `high`.
 
     >>> make_value('{"name": "linear", "start": 1.0, "end": 0.1}', "density", 0, 1)
     Linear(start=1.0, end=0.1, begin=0, until=1.0, every=1)
 
     Raises: ValueError for an unknown name or option, or a number out of range.
     """
-    if callable(spec):
-        return spec
-    value = _parse(spec, option)
-    rule = f"numbers {'>' if above else '>='} {low}" + ("" if high == math.inf else f" and <= {high}")
+    rule = f"finite numbers {'>' if above else '>='} {low}"
+    rule += "" if high == math.inf else f" and {'<' if below else '<='} {high}"
+
+    def check(number: Any) -> None:
+        legal = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+        inside = legal and low <= number <= high and not (above and number == low) and not (below and number == high)
+        _check(inside, option, number, rule)
+
+    value = spec if callable(spec) else _parse(spec, option)
+    value = value if isinstance(value, _KINDS) else Function(value, check)
     for number in value.given():
-        legal = isinstance(number, int | float) and not isinstance(number, bool)
-        _check(legal and (low < number if above else low <= number) and number <= high, option, number, rule)
-    return value  # type: ignore[no-any-return]
+        check(number)
+    return value
 
 
 def _parse(spec: Any, option: str) -> Any:
@@ -198,15 +228,20 @@ def _check(condition: bool, option: str, value: object, rule: str) -> None:
         raise ValueError(f"got {option}={value!r}; needs {rule}; set it in --method_config")
 
 
+def _check_step(option: str, step: object) -> None:
+    number = isinstance(step, int | float) and not isinstance(step, bool) and step >= 0
+    _check(number and (isinstance(step, int) or step <= 1), option, step, "an update step, or a fraction <= 1.0")  # type: ignore[operator]
+
+
 def scalars(rule: object) -> dict[str, Value]:
     """The values among a rule's fields, by name, those of rules inside it included."""
     found: dict[str, Value] = {}
     for name, value in getattr(rule, "__dict__", {}).items():
         if name.startswith("_"):
             continue
-        if isinstance(value, Constant | Ramp | Piecewise | WarmUp):
+        if isinstance(value, _KINDS):
             found[name] = value
         for inner in value if isinstance(value, list) else [value]:
-            if not isinstance(inner, Constant | Ramp | Piecewise | WarmUp):
+            if not isinstance(inner, _KINDS):
                 found |= scalars(inner) if hasattr(inner, "__dict__") and callable(inner) else {}
     return found

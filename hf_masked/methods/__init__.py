@@ -8,9 +8,9 @@ wrong, and how this deviates. Options whose type is `Spec` take a number or a sc
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
-from ..typed import json_object
+from ..typed import check_type, json_object
 from ..types import Phase
 from .base import Method, check_choice
 from .blocks import badam, freeze_out, lisa, parameters
@@ -71,7 +71,7 @@ def make_method(name: str, **options: Any) -> Method:
     >>> make_method("top_k", density=0.5).grad_mask
     TopK(density=Constant(value=0.5), scope='tensor')
 
-    Raises: ValueError for an unknown name or option, or a value out of range.
+    Raises: ValueError for an unknown name or option, or a value of another type or out of range.
     """
     if name not in METHODS:
         raise ValueError(f"got method {name!r}; needs one of {sorted(METHODS)}; set --method")
@@ -84,6 +84,9 @@ def make_method(name: str, **options: Any) -> Method:
     required = {option for option, p in signature.items() if p.default is p.empty}
     if missing := required - set(options):
         raise ValueError(f"got the method {name!r} without {sorted(missing)}; needs it; set it in --method_config")
+    hints = get_type_hints(METHODS[name])
+    for option, value in options.items():
+        check_type(option, value, hints[option], "set it in --method_config")
     return METHODS[name](**options)
 
 

@@ -2,6 +2,7 @@
 
 from ..masks import CyclicBlocks, FreezeOut, Parameters, RandomBlocks
 from ..masks.blocks import Order, Rest
+from ..perturbations.chosen import check_pattern
 from ..types import StatePolicy
 from ..values import Spec, make_value
 from .base import Method, both, check, check_choice, check_count
@@ -13,8 +14,12 @@ def parameters(trained: str | list[str] = ".*", frozen: str | list[str] = "") ->
     (dx, p) = (0, by name). Saves time and memory: frozen tensors have no gradient and no optimizer state, and backward
     stops below the lowest one trained. Example: '{"trained": ".*bias"}' is BitFit (Ben Zaken et al. 2022).
     """
-    as_list = [[p] if isinstance(p, str) else list(p) for p in (trained, frozen)]
-    return both(Parameters(as_list[0], [p for p in as_list[1] if p]))
+    wanted, unwanted = ([p] if isinstance(p, str) else list(p) for p in (trained, frozen))
+    for option, patterns in (("trained", wanted), ("frozen", unwanted)):
+        for pattern in patterns:
+            check_pattern(pattern, option)
+    check(bool(wanted), "trained", trained, "at least one regular expression")
+    return both(Parameters(wanted, [p for p in unwanted if p]))
 
 
 def badam(

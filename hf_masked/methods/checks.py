@@ -8,7 +8,10 @@ from ..apply import Parameters, evaluate_mask, looks_at_names, rules_of
 from ..compressed_reduction import CompressedReduction
 from ..cores import GrownMasks
 from ..loss_scale import in_fp16
-from ..masks import DynamicSparsity, Fixed
+from ..masks import DynamicSparsity, Fixed, GradualPruning
+from ..masks.sparse_training import targets
+from ..perturbations import DropConnect, Prune, Quantize
+from ..perturbations.chosen import matrices
 from ..types import Phase, StepInfo
 
 # of the optimizers that Trainer offers: those without state per entry, and those that step inside backward
@@ -27,9 +30,15 @@ def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
     Raises: ValueError.
     """
     rules = rules_of(phase)
+    if isinstance(phase.perturbation, DropConnect | Quantize):
+        matrices(parameters, phase.perturbation.pattern)
+    if isinstance(phase.perturbation, Prune):
+        phase.perturbation.chosen(parameters)
     for rule in rules:
         if isinstance(rule, Fixed):
             _refuse_misfit(rule, parameters)
+        if isinstance(rule, DynamicSparsity | GradualPruning):
+            targets(parameters, rule.target)
         if looks_at_names(rule):
             evaluate_mask(rule, parameters, StepInfo(0, max(1, args.max_steps), getattr(args, "mask_seed", 0)))
     optimizer = str(getattr(args.optim, "value", args.optim))

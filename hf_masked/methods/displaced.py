@@ -6,7 +6,7 @@ from ..meprop import MeProp
 from ..perturbations import Asam, DropConnect, Extragradient, Gaussian, LayerDrop, Prune, Quantize, Sam, Stale
 from ..perturbations.subnets import Subnets
 from ..values import Spec
-from .base import Method, check, check_count
+from .base import Method, check_count
 
 # ---- two passes ----
 
@@ -23,7 +23,7 @@ def sam(rho: Spec = 0.05) -> Method:
     return Method(Sam(rho))
 
 
-def asam(rho: Spec = 0.5, eta: float = 0.01) -> Method:
+def asam(rho: Spec = 0.5, eta: Spec = 0.01) -> Method:
     """Adaptive SAM: the radius follows each parameter's magnitude.
 
     (dx, p) = (rho T^2 g / |T g| with T = |x| + eta, 1). Kwon et al. 2021 (rho = 0.5 to 1, eta = 0.01). Passes, memory and
@@ -174,5 +174,4 @@ def meprop(k: Spec = 0.05, unified: bool = True) -> Method:
     `unified` (one selection per microbatch), slower than dense per token. No memory beyond activations. Nothing
     saved. Known: biased, and its errors compound over depth; their networks have 3 layers. Deviation: the head is dense.
     """
-    check(not isinstance(k, float) or k <= 1, "k", k, "an integer >= 1, or a share in (0.0, 1.0]")
     return Method(backward=MeProp(k, unified))

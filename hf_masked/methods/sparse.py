@@ -5,6 +5,7 @@ from typing import Any
 from ..masks import DynamicSparsity, GradualPruning
 from ..masks.entries import Scope
 from ..masks.sparse_training import Distribution
+from ..perturbations.chosen import check_pattern
 from ..values import Spec, make_value
 from .base import Method, both, check, check_choice, check_count, density_value
 
@@ -19,6 +20,7 @@ def gmp(density: Spec | None = None, scope: Scope = "tensor", target: str | None
     for whole names; by default the matrices of layers. Deviation: pruned weights are set to zero, so none comes back.
     """
     check_choice("scope", scope, ("tensor", "global"))
+    check_pattern(target, "target")
     return both(GradualPruning(density_value(_ZHU_GUPTA if density is None else density), scope, target), "reset")
 
 
@@ -32,6 +34,7 @@ def _dynamic(
     check(isinstance(until, int | float) and 0 < until <= 1, "until", until, "a number in (0, 1]")
     check_count("every", every)
     check_choice("distribution", distribution, ("erk", "uniform"))
+    check_pattern(target, "target")
     value = make_value(drop, "drop", 0, 1)
     return both(DynamicSparsity(density, value, grow, every, until, distribution, target), "reset")
 

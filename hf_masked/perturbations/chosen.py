@@ -20,7 +20,7 @@ def matrices(parameters: Mapping[str, torch.Tensor], pattern: str | None) -> dic
     return chosen
 
 
-def check_pattern(pattern: str | None) -> None:
+def check_pattern(pattern: str | None, option: str = "pattern") -> None:
     """Refuse what is no regular expression.
 
     Raises: ValueError.
@@ -29,5 +29,5 @@ def check_pattern(pattern: str | None) -> None:
         re.compile(pattern or "")
     except re.error as error:
         raise ValueError(
-            f"got pattern={pattern!r}; needs a regular expression, because {error}; set it in --method_config"
+            f"got {option}={pattern!r}; needs a regular expression, because {error}; set it in --method_config"
         ) from None

@@ -34,7 +34,7 @@ class LayerDrop:
 
     Deviations: one draw per update; a kept block is not rescaled, as in LayerDrop.
 
-    Raises: ValueError, in the first update, for a model without a list of layers.
+    Raises: ValueError, before any training, for a model without a list of layers.
     """
 
     keep: Spec = 0.8
@@ -42,6 +42,18 @@ class LayerDrop:
 
     def __post_init__(self) -> None:
         self.keep = self._keep = make_value(self.keep, "keep", 0, 1, above=True)
+
+    def check(self, network: nn.Module) -> None:
+        """Refuse, before any training, a network none of whose blocks can be left out.
+
+        Raises: ValueError.
+        """
+        blocks = blocks_of(network)
+        if len(_first_of_many(blocks)) == len(blocks):
+            raise ValueError(
+                f"got layer_drop for the blocks {sorted(blocks)}, each the first of its list; needs longer lists, because a first block "
+                "makes what the others pass on; set another --method"
+            )
 
     @contextmanager
     def __call__(self, info: StepInfo, network: nn.Module) -> Iterator[None]:

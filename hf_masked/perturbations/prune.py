@@ -45,7 +45,7 @@ class Prune:
     every: int = 1
 
     def __post_init__(self) -> None:
-        self.sparsity = self._sparsity = make_value(self.sparsity, "sparsity", 0, 1)
+        self.sparsity = self._sparsity = make_value(self.sparsity, "sparsity", 0, 1, below=True)
         check_pattern(self.pattern)
         if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
             raise ValueError(
@@ -69,9 +69,24 @@ class Prune:
             )
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
-        chosen = matrices(parameters, self.pattern)
+        chosen = self.chosen(parameters)
         masks = self.kept(info, chosen) if self.every == 1 else self._held(info, chosen)
         return {name: torch.where(kept, 0, -chosen[name]) for name, kept in masks.items()}
+
+    def chosen(self, parameters: Tensors) -> dict[str, torch.Tensor]:
+        """The matrices that are pruned.
+
+        Raises: ValueError where that is none, or one has rows that do not divide into groups.
+        """
+        found = matrices(parameters, self.pattern)
+        _, length = self._groups or (1, 1)
+        for name, p in found.items():
+            if p.shape[1:].numel() % length:
+                raise ValueError(
+                    f"got structure={self.structure!r} for {name} of shape {tuple(p.shape)}; needs rows whose length {length} "
+                    "divides, because groups do not span rows; set pattern in --method_config to leave it out"
+                )
+        return found
 
     def _held(self, info: StepInfo, chosen: Tensors) -> dict[str, torch.Tensor]:
         """The masks of the turn that this update step belongs to, made at the first update in it."""
@@ -85,7 +100,7 @@ class Prune:
     def kept(self, info: StepInfo, parameters: Tensors) -> dict[str, torch.Tensor]:
         """m(x): True where an entry stays; broadcasts to the parameter's shape."""
         if self._groups is not None:
-            return {name: _largest_of_groups(p, *self._groups, name) for name, p in parameters.items()}
+            return {name: largest_of_groups(p.abs(), *self._groups) for name, p in parameters.items()}
         sparsity = self._sparsity(info)
         if self.structure == "rows":
             # root mean square, so that rows of different lengths compare
@@ -117,12 +132,3 @@ def _largest(sizes: torch.Tensor, sparsity: float) -> torch.Tensor:
     """True for all but the round(sparsity * n) smallest magnitudes, at least one."""
     dropped = min(round(sparsity * sizes.numel()), sizes.numel() - 1)
     return largest(sizes, sizes.numel() - dropped, magnitude=True)
-
-
-def _largest_of_groups(p: torch.Tensor, n: int, m: int, name: str) -> torch.Tensor:
-    if p.flatten(1).shape[1] % m:
-        raise ValueError(
-            f"got structure '{n}:{m}' for {name} of shape {tuple(p.shape)}; needs rows whose length {m} divides, because "
-            "groups do not span rows; set pattern in --method_config to leave it out"
-        )
-    return largest_of_groups(p.abs(), n, m)

@@ -53,7 +53,7 @@ class Asam:
 
     Args:
         rho: radius, >= 0 (the paper: 0.5 for images), or its schedule.
-        eta: >= 0, added to |x| so that zeros are displaced too (the paper: 0.01).
+        eta: >= 0, added to |x| so that zeros are displaced too (the paper: 0.01), or its schedule.
 
     Cost: that of `Sam`, and one tensor of the largest parameter's size.
 
@@ -63,22 +63,23 @@ class Asam:
     """
 
     rho: Spec = 0.5
-    eta: float = 0.01
+    eta: Spec = 0.01
     needs_gradient = True
     on_parts = True
 
     def __post_init__(self) -> None:
         self.rho = self._rho = make_value(self.rho, "rho", 0)
-        make_value(self.eta, "eta", 0)
+        self.eta = self._eta = make_value(self.eta, "eta", 0)
 
     def __call__(self, info: StepInfo, parameters: Tensors, gradients: Tensors) -> Tensors:
         if not gradients:
             return {}
+        eta = self._eta(info)
         for name, gradient in gradients.items():
-            gradient.mul_(parameters[name].abs() + self.eta)
+            gradient.mul_(parameters[name].abs() + eta)
         scale = self._rho(info) / (_norm(list(gradients.values())) + _TINY)
         for name, gradient in gradients.items():
-            gradient.mul_(parameters[name].abs() + self.eta).mul_(scale)
+            gradient.mul_(parameters[name].abs() + eta).mul_(scale)
         return gradients
 
 
