@@ -5,7 +5,7 @@ With g the batch's gradient at x, g+ the update's own (at x + dx, masked by p):
     captured_energy        |p g|^2 / |g|^2
     drift_ratio            |g+ - p g| / |p g|       below 1 the update still descends on this batch's loss
     gradient_alignment     cos(g+, g)
-    relative_perturbation  |dx| / |x|               over the displaced parameters
+    relative_perturbation  |dx| / |x|               dx of the perturbation; what a `backward` leaves out counts in the drift alone
     coverage_age_max/mean  update steps since each block was last trained
 
 They bound the decrease of an L-smooth loss where dx and p are fixed before the batch is drawn. Masks that depend on the
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .masks.blocks import block_of
+from .parts import made_whole
 
 Tensors = Mapping[str, torch.Tensor]
 MaskValues = Mapping[str, torch.Tensor | bool]
@@ -50,7 +51,7 @@ class Measure:
         def measured(parameters: Tensors) -> Tensors:
             deltas = rule(parameters)
             self.displaced += float(_energy(list(deltas.values())))
-            self.at += float(_energy([parameters[name] for name in deltas]))
+            self.at += float(_energy(list(parameters.values())))
             return deltas
 
         return measured
@@ -113,6 +114,21 @@ class Coverage:
         self._trained, self._updates = dict.fromkeys(self._trained, 0), 0
         ages = [step - last for last in self._last.values()]
         return {"coverage_age_max": max(ages), "coverage_age_mean": sum(ages) / len(ages)} if ages else {}
+
+
+def trained_at_all(parameters: Mapping[str, nn.Parameter], masks: Sequence[MaskValues]) -> dict[str, bool]:
+    """Whether any entry of a parameter has a gradient and is kept by each of the masks, by name."""
+    partly = {id(kept): kept for mask in masks for kept in mask.values() if isinstance(kept, torch.Tensor)}
+    found = [made_whole(kept.any()) for kept in partly.values()]
+    # read from the device at once
+    read = torch.stack([one.to(found[0].device) for one in found]).tolist() if found else []
+    keeps = dict(zip(partly, read, strict=True))
+
+    def kept(name: str) -> bool:
+        values = (mask.get(name, True) for mask in masks)
+        return all(keeps[id(value)] if isinstance(value, torch.Tensor) else value for value in values)
+
+    return {name: parameter.grad is not None and kept(name) for name, parameter in parameters.items()}
 
 
 def stepped_gradients(parameters: Mapping[str, nn.Parameter], update_mask: MaskValues) -> dict[str, torch.Tensor]:

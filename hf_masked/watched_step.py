@@ -9,7 +9,7 @@ from torch import nn
 
 from .apply import MaskValues
 from .cores import get_core
-from .diagnostics import Measure, stepped_gradients
+from .diagnostics import Measure, stepped_gradients, trained_at_all
 from .displacement import buffers_kept
 from .distillation import Teaching
 from .forward_pass import ForwardPass
@@ -75,8 +75,7 @@ class WatchedStepMixin(SecondPassMixin):
             self._audit.before(parameters, update_mask)
         if not getattr(self.args, "diagnostics_steps", 0) or step.info.update > 0:
             return
-        moves = {n: p.grad is not None and update_mask.get(n, True) is not False for n, p in parameters.items()}
-        self._coverage.saw(step.info.step, moves)
+        self._coverage.saw(step.info.step, trained_at_all(parameters, (grad_mask, update_mask)))
         if step.measure is None:
             return
         stepped = stepped_gradients(parameters, update_mask)

@@ -152,6 +152,33 @@ def test_coverage_and_its_picture(tmp_path: Path) -> None:
     assert (tmp_path / "diagnostics.png").read_bytes()[1:4] == b"PNG"
 
 
+def test_a_layer_of_which_no_entry_is_kept_is_not_trained(tmp_path: Path) -> None:
+    def below(info: StepInfo, gradients: Values) -> Values:
+        return {n: torch.full_like(g, "layers.1" not in n, dtype=torch.bool) for n, g in gradients.items()}
+
+    for slots in ({"grad_mask": below}, {"update_mask": below}):
+        options = {"plan": Plan(FullOnly(), full=Phase("full", **slots))}
+        trainer = fit(tmp_path, tiny("opt"), max_steps=4, diagnostics_steps=3, trainer_options=options)
+        ages = [row["coverage_age_max"] for row in trainer.state.log_history if "coverage_age_max" in row]
+        shares = trainer._coverage.rows[-1]
+        assert ages == [1, 4]
+        assert shares["model.decoder.layers.1"] == 0.0 and shares["model.decoder.layers.0"] == 1.0
+
+
+def test_a_displacement_is_held_against_all_that_is_trained(tmp_path: Path) -> None:
+    def of_biases(info: StepInfo, parameters: Values) -> Values:
+        return {n: torch.full_like(p, 0.1) for n, p in parameters.items() if n.endswith("bias")}
+
+    model = tiny("opt").double()
+    x = values(model)
+    dx = of_biases(StepInfo(0, 1), x)
+    options = {"plan": Plan(FullOnly(), full=Phase("full", of_biases))}
+    trainer = fit(tmp_path, model, max_steps=1, diagnostics_steps=1, trainer_options=options)
+    (measured,) = (r["relative_perturbation"] for r in trainer.state.log_history if "relative_perturbation" in r)
+    assert measured == pytest.approx(float(flat(dx).norm() / flat(x).norm()), rel=1e-6)
+    assert measured < 0.5 * float(flat(dx).norm() / flat({n: x[n] for n in dx}).norm())
+
+
 def test_coverage_counts() -> None:
     coverage = Coverage()
     for step in range(4):
