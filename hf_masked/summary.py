@@ -52,13 +52,13 @@ class CoreSummary:
 
     def __repr__(self) -> str:
         wide = max(10, 1 + max(map(len, (f"{name}/full" for name in self.cores))))
-        rows = [f"{'':{wide}}{'parameters':>15}{'bytes':>17}{'FLOPs/token':>17}"]
+        rows = [f"{'':{wide}}{'parameters':>15}{'bytes':>17}{'linear FLOPs/token':>20}"]
         for name, size in {"full": self.full, **self.cores}.items():
-            rows.append(f"{name:{wide}}{size.parameters:>15,}{size.bytes:>17,}{size.flops_per_token:>17,}")
+            rows.append(f"{name:{wide}}{size.parameters:>15,}{size.bytes:>17,}{size.flops_per_token:>20,}")
         for name, size in self.cores.items():
             ratios = [size.parameters / self.full.parameters, size.bytes / self.full.bytes]
             ratios.append(size.flops_per_token / max(self.full.flops_per_token, 1))
-            rows.append(f"{f'{name}/full':{wide}}{ratios[0]:>15.1%}{ratios[1]:>17.1%}{ratios[2]:>17.1%}")
+            rows.append(f"{f'{name}/full':{wide}}{ratios[0]:>15.1%}{ratios[1]:>17.1%}{ratios[2]:>20.1%}")
         return "\n".join(rows + [line for each in (self, *self.others) for line in each._rank_lines()])
 
     def _rank_lines(self) -> list[str]:
