@@ -14,6 +14,7 @@ from architectures import architecture
 from common import difference, values
 
 from hf_masked import WidthCoreConfig, add_core, export, extract_core, get_core
+from hf_masked.cores.units import unit_cuts
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -180,12 +181,25 @@ def test_maps_in_one_dimension_are_told_by_the_plan_or_the_user() -> None:
             refused(model, r"gate_up_proj.*packs several maps.*model\.tp_plan", neurons=0.5)
 
 
-def test_heads_of_a_class_that_cannot_have_fewer_are_refused() -> None:
-    """OLMoE norms all heads together, by the width; OLMo 2 by the heads, so its core norms those that it has."""
-    odd = tf.OlmoeForCausalLM(
-        tf.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, experts_implementation="eager")
-    )
-    refused(odd, "norms over all heads", heads=0.5)
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (
+            tf.OlmoeForCausalLM,
+            tf.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
+        ),  # norms all heads together
+        (tf.HeliumForCausalLM, tf.HeliumConfig(**SIZES, head_dim=8)),  # projects them from hidden_size entries
+        (tf.FalconForCausalLM, tf.FalconConfig(**SIZES)),  # its head_dim is computed
+    ],
+    ids=lambda one: one.__name__ if isinstance(one, type) else "",
+)
+def test_heads_of_a_class_that_cannot_have_fewer_are_refused(model_class: Any, config: Any) -> None:
+    model = model_class(config)
+    refused(model, "heads=0.5.*cannot say fewer heads of the same size", heads=0.5)
+    assert not [cut for cut in unit_cuts(model) if "heads" in cut.group]
+
+
+def test_a_norm_over_all_heads_is_over_those_of_the_core() -> None:
     even = add_core(tf.Olmo2ForCausalLM(tf.Olmo2Config(**SIZES)).eval(), WidthCoreConfig(heads=0.5))
     assert extract_core(even).model.layers[0].self_attn.q_norm.weight.shape == (16,)
     assert logits(extract_core(even)).isfinite().all()

@@ -210,10 +210,10 @@ def skeleton(model: PreTrainedModel, changes: Changes) -> PreTrainedModel:
     Raises: ValueError where no such config exists, or it would not survive being saved and loaded.
     """
     config = copy.deepcopy(model.config)
-    for part, values in changes.items():
-        for name, value in values.items():
-            setattr(sub_configs(config)[part], name, value)
     try:
+        for part, values in changes.items():
+            for name, value in values.items():
+                setattr(sub_configs(config)[part], name, value)
         type(config).from_dict(config.to_dict())
         with torch.device("meta"):
             made: PreTrainedModel = type(model)(config)

@@ -124,22 +124,30 @@ def _told_heads(full: PreTrainedModel) -> dict[str, _Heads]:
     Many classes read a `head_dim` that their config does not list (Qwen2, OLMo 2, ViT): with it, their projections shrink.
     """
     told = {part: heads for part, config in sub_configs(full.config).items() if (heads := _heads_of(config))}
-    listed = {part for part, heads in told.items() if heads.fields[2] in vars(sub_configs(full.config)[part])}
-    return {part: heads for part, heads in told.items() if part in listed or _shrink(full, part, heads)}
+    return {part: heads for part, heads in told.items() if _shrink(full, part, heads)}
 
 
 def _shrink(full: PreTrainedModel, part: str, heads: _Heads) -> bool:
     """Whether the class builds fewer heads of the same size once the config says that size."""
-    fewer, whole = heads.keeping(1), heads.count * heads.size
-    cut = {name for name, _, size, _ in (_shrunk(full, {part: fewer}) if fewer else ()) if size == whole}
+    listed, whole = heads.fields[2] in vars(sub_configs(full.config)[part]), heads.count * heads.size
+    if not (fewer := heads.keeping(1)):
+        return listed
+    try:
+        cut = {
+            name: dim - full.get_parameter(name).ndim
+            for name, dim, size, _ in _shrunk(full, {part: fewer})
+            if size == whole
+        }
+    except ValueError:  # one head is too few for the config's own rules, or it has no place for their size
+        return listed
+    # what all heads write and read together may be sized by hidden_size: norms (OLMoE, BitNet), the last projection (Helium)
     layers = {name.rpartition(".")[0].rpartition(".")[0] for name in cut}
-    # norms over all heads that the class sizes by hidden_size (OLMoE, BitNet) would not fit
     left = [
         name
         for name, p in full.named_parameters()
         if p.shape == (whole,) and name not in cut and name.endswith(".weight")
     ]
-    return bool(cut) and not any(name.rpartition(".")[0].rpartition(".")[0] in layers for name in left)
+    return -1 in cut.values() and not any(name.rpartition(".")[0].rpartition(".")[0] in layers for name in left)
 
 
 def fewer_heads(full: PreTrainedModel, share: Any) -> Changes:
@@ -153,7 +161,7 @@ def fewer_heads(full: PreTrainedModel, share: Any) -> Changes:
     if not told:
         raise ValueError(
             f"got heads={share} for a {type(full).__name__}; needs heads=1.0, because its config cannot say fewer heads of "
-            "the same size (its class reads no head_dim, or has norms over all heads that are not sized by it), so stock "
+            "the same size (its class reads no head_dim, or sizes a norm or a projection of all heads without it), so stock "
             "transformers could not load the core; set heads in --core_config"
         )
     changes = {part: heads.keeping(_resolve(share, heads.groups, "heads")) for part, heads in told.items()}
