@@ -1,6 +1,7 @@
 """What travels between processes when only part is trained: which gradients are reduced, and which pieces are put together."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,6 +103,21 @@ def keep_local(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
+
+
+@contextmanager
+def nothing_sent(accelerator: Any, network: Any) -> Iterator[None]:
+    """Inside, a pass sends nothing: neither gradients nor buffers, which the next pass outside sends as if this one had not been."""
+    inner = _uncompiled(network)
+    with accelerator.no_sync(network):
+        sends = getattr(inner, "require_forward_param_sync", None)
+        if sends is not None:
+            inner.require_forward_param_sync = False
+        try:
+            yield
+        finally:
+            if sends is not None:
+                inner.require_forward_param_sync = sends
 
 
 def _uncompiled(network: Any) -> Any:

@@ -21,6 +21,7 @@ from .apply import mask_gradients, rules_of
 from .cores import get_core, has_core
 from .displacement import Tensors, buffers_kept, displaced, gradients_apart
 from .distillation import Teaching
+from .distributed import nothing_sent
 from .forward_pass import ForwardPass, ForwardPassMixin
 from .parts import made_whole
 from .perturbations.subnets import Subnets
@@ -113,7 +114,7 @@ class SecondPassMixin(ForwardPassMixin):
             random_state_kept(self.args.device),
             self._host_metrics_apart(),
             buffers_kept(model),
-            self.accelerator.no_sync(model),
+            nothing_sent(self.accelerator, model),
             gradients_apart(parameters) as gradients,
         ):
             self._run(model, inputs, num_items, under_way)

@@ -185,6 +185,10 @@ class UpdateStepMixin(WatchedStepMixin):
         zero_outside(parameters, phase, step.info)
         if not fixed_graph and step.measure is None:
             step.held = hold_still(parameters, phase, step.info)
+        if phase.network == "sum":  # whose two losses are differentiated one by one
+            for network in (self.model, self.core_model):
+                if not any(p.requires_grad for p in network.parameters()):
+                    release([p for p in step.held if any(p is own for own in network.parameters())])
 
     def _mask_update(self, phase: Phase) -> None:
         """Apply the gradient mask, and tell the optimizer's step which entries must not move."""

@@ -114,6 +114,14 @@ def test_freeze_out_ends_and_rates(kind: str, scale: bool) -> None:
         assert distance == pytest.approx(0.5 if scale else 0.5 * ends[name], abs=5e-3)
 
 
+def test_one_layer_alone_is_the_last_to_freeze() -> None:
+    freeze_out = rule("freeze_out", t0=0.5)
+    for t in range(10):
+        assert all(
+            freeze_out(StepInfo(t, 10), {"embed.weight": torch.zeros(1), "h.0.weight": torch.zeros(1)}).values()
+        )
+
+
 def test_set_drops_the_smallest_and_grows_anywhere() -> None:
     set_, x = rule("set", density=0.3, drop=0.4, every=1, distribution="uniform"), tensors(0)
     set_.support(StepInfo(0, 50), x)

@@ -12,7 +12,7 @@ from common import difference, fit, log, moved, tiny, values
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
-from hf_masked import MaskedTrainer, get_core
+from hf_masked import DepthCoreConfig, MaskedTrainer, add_core, get_core
 from hf_masked.checksums import write_checksums
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
@@ -166,6 +166,29 @@ def test_both_networks_obey(schedule: str, tmp_path: Path) -> None:
     for old, network in ((before, model), (core_before, get_core(model).model)):
         assert moved(old, network) == {n for n in old if "layers" in n}
         assert all(p.requires_grad for p in network.parameters())
+
+
+def test_a_block_that_the_core_lacks(tmp_path: Path) -> None:
+    """In an update of both losses that trains it, the core's loss has nothing to differentiate by."""
+    model = add_core(tiny("opt"), DepthCoreConfig(keep=0.5))
+    core = get_core(model).model
+    before, core_before = values(model), values(core)
+    options = {"order": "descending", "rest": "freeze", "every": 1}
+    fit(tmp_path, model, schedule="sum", method="badam", method_config=options, max_steps=1)
+    assert moved(before, model) == {n for n in before if "layers.1" in n} and not moved(core_before, core)
+    assert all(p.requires_grad for network in (model, core) for p in network.parameters())
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "sparse", "depth"])
+def test_signs_are_taken_of_what_a_core_trains_in_its_layers(kind: str, tmp_path: Path) -> None:
+    """Whatever it calls its matrices."""
+    config = {"low_rank": {"rank": 4, "coupling": "shared"}, "sparse": {"sparsity": 0.5}, "depth": {"keep": 0.5}}[kind]
+    finals = []
+    for method in ("binary_connect", "sgd"):
+        options = {"method": method, "method_config": {"apply_to": "both"}, "core": kind, "core_config": config}
+        trainer = fit(tmp_path, tiny("opt"), schedule="alternate", max_steps=2, **options)
+        finals.append((values(trainer.model), values(trainer.core_model)))
+    assert all(difference(one, other) is not None for one, other in zip(*finals, strict=True))
 
 
 # --- refused before the first step -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import difference
 from safetensors.torch import load_file
 from two_processes import run_processes
 
@@ -24,10 +25,12 @@ if several and on_gpu:
     os.environ["LOCAL_RANK"] = "0"  # as on two machines of one GPU each, which here is the same one
 from accelerate import PartialState
 from architectures import architecture
-from common import fit, log, rows, values
+from common import arguments, fit, log, rows, values
 from safetensors.torch import save_file
+from test_running_statistics import build, data, statistics
+from torch.profiler import ProfilerActivity, profile
 
-from hf_masked import get_cores
+from hf_masked import MaskedTrainer, get_cores
 
 core = {"core": "low_rank", "core_config": {"rank": 4}}
 ride = {"name": "ride_along", "core_updates": 1.5, "start": 1}
@@ -62,6 +65,16 @@ for name, options in runs.items():
         key = f"{name}-{trainer.accelerator.num_processes}"
         save_file({n: v.contiguous().cpu() for n, v in found.items()}, folder / f"{key}.safetensors")
         (folder / f"{key}.json").write_text(json.dumps(log(trainer)))
+if several and not on_gpu:  # a model with running statistics, which DistributedDataParallel sends before a pass
+    rank = int(os.environ["RANK"])
+    for name, options in {"plain": {}, "displaced": {"method": "sam", "method_config": {"rho": 0.0}}}.items():
+        model = build()
+        args = arguments(folder / "run", max_steps=4, ddp_backend="gloo", remove_unused_columns=False, label_names=["target_values"], **options)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+            MaskedTrainer(model, args, train_dataset=data(32, 0)).train()
+        save_file(values(model) | statistics(model), folder / f"{name}-of-{rank}.safetensors")
+        sent = [(e.name, e.input_shapes) for e in seen.events() if e.name.startswith("gloo:")]
+        (folder / f"{name}-of-{rank}.json").write_text(json.dumps(sent))
 PartialState().wait_for_everyone()
 PartialState().destroy_process_group()
 """
@@ -99,6 +112,17 @@ def test_two_processes_log_what_one_does(name: str, folder: Path) -> None:
         for key in set(mine) - {"phase", "total_flos", "distill_buffer_bytes"}:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (key, mine, theirs)
     assert len({round(row["grad_norm"], 9) for row in one if "grad_norm" in row}) == 4
+
+
+def test_a_first_pass_sends_nothing_and_leaves_no_trace(folder: Path) -> None:
+    """SAM with rho = 0 on either process: plain training's parameters, running statistics and messages, bit for bit."""
+    found = {}
+    for name in ("plain", "displaced"):
+        found[name] = [load_file(folder / f"{name}-of-{rank}.safetensors") for rank in (0, 1)]
+        found[name].append(sorted(json.loads((folder / f"{name}-of-0.json").read_text())))
+    assert difference(found["displaced"], found["plain"]) is None
+    unlike = {n for n, v in found["plain"][0].items() if not torch.equal(v, found["plain"][1][n])}
+    assert unlike and all("running" in n for n in unlike), "negative control: statistics differ between processes"
 
 
 @pytest.mark.gpu

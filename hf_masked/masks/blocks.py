@@ -136,7 +136,7 @@ class FreezeOut:
             block = block_of(name)
             outside = len(blocks) - 1 if any(block_of(before) for before in found) else 0
             layer = outside if block is None else blocks.index(block)
-            end = self.t0 + (1 - self.t0) * layer / max(1, len(blocks) - 1)
+            end = self.t0 + (1 - self.t0) * (layer / (len(blocks) - 1) if len(blocks) > 1 else 1)
             found[name] = end**3 if self.kind == "cubic" else end
         return found
 

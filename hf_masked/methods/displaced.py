@@ -153,7 +153,7 @@ def quantize(to: str = "int8", per_channel: bool = True, pattern: str | None = N
     return Method(Quantize(to, per_channel, pattern))
 
 
-def binary_connect(pattern: str | None = r"\d+\..*weight$") -> Method:
+def binary_connect(pattern: str | None = r"\d+\.") -> Method:
     """BinaryConnect: forward and backward with signs, the update moves real weights.
 
     (dx, p) = (s sign(x) - x, 1). Courbariaux et al. 2015, with the scale s = mean |x| per row of Rastegari et al. 2016. Cost as of
