@@ -1,6 +1,6 @@
 """Train a Transformers model and the small model inside it at the same time."""
 
-from . import loading  # registers the factorised core with transformers
+from . import loading  # noqa: F401  (registers the factorised core with transformers)
 from .arguments import MaskedArgumentsMixin, MaskedSeq2SeqTrainingArguments, MaskedTrainingArguments
 from .cores import (
     Core,
@@ -53,7 +53,6 @@ __all__ = [
     "get_core",
     "get_cores",
     "has_core",
-    "loading",
     "measure_acceptance",
     "merge_full",
     "split",

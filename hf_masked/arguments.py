@@ -1,44 +1,20 @@
 """The fields that joint training adds to `TrainingArguments`, each checked when it is parsed."""
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .cores import CORE_KINDS, CoreConfig, LowRankCoreConfig
+from .argument_checks import apply_preset, as_number, refuse_together, refuse_values
+from .cores import CORE_KINDS, CoreConfig
 from .cores.base import DEFAULT_NAME
+from .described import described_core, described_plan
 from .launch import join_processes, refuse_deepspeed
-from .methods import fill_phases, summaries
-from .named_cores import OWN, NamedCore, parse_cores, share_of
+from .methods import summaries
+from .named_cores import OWN, NamedCore, parse_cores
 from .plan import Plan
-from .schedules import CoreOnly, FullOnly, RideAlong, Sum, make_schedule
-from .typed import as_json, check_types, json_object
-from .types import Phase
-
-_CHOICES = {
-    "moments": ("per_phase", "shared"),
-    "lr_curve": ("per_phase", "shared"),
-    "preset": ("ride_along", "paper"),
-}
-
-PAPER: dict[str, Any] = {
-    "schedule": "alternate",
-    "distill_weight": 0.0,
-    "distill_buffer": 0,
-    "moments": "shared",
-    "lr_curve": "shared",
-}
-
-
-def _as_number(value: Any) -> Any:
-    """A text that says a number as that: YAML reads 1e-1 as text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+from .typed import as_json, check_types
 
 
 @dataclass
@@ -186,32 +162,16 @@ class MaskedArgumentsMixin:
         join_processes(self)
         super().__post_init__()  # type: ignore[misc]
         for name in ("core_loss_weight", "core_learning_rate_scale", "distill_weight", "distill_temperature"):
-            setattr(self, name, _as_number(getattr(self, name)))
+            setattr(self, name, as_number(getattr(self, name)))
         self.core_config, self.cores = as_json(self.core_config), as_json(self.cores)
         check_types(self, MaskedArgumentsMixin, lambda name: f"set --{name}")
-        self._apply_preset()
-        for name, legal in (_CHOICES | {"core": (*CORE_KINDS, "none")}).items():
-            value = getattr(self, name)
-            if value not in legal and not (value is None and name in ("core", "moments")):
-                raise ValueError(f"got {name}={value!r}; needs one of {legal}; set --{name}")
-        for name, least in (("distill_buffer", 0), ("distill_top_k", 1), ("diagnostics_steps", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"got {name}={value!r}; needs an integer >= {least}; set --{name}")
+        apply_preset(self)
+        refuse_values(self)
         if self.core_learning_rate_scale is None:
             self.core_learning_rate_scale = 1.0 if self.preset == "paper" else 2.0
-        if not 0 < self.core_learning_rate_scale < math.inf:
-            raise ValueError(
-                f"got core_learning_rate_scale={self.core_learning_rate_scale}; needs a finite number > 0, because it "
-                "multiplies the learning rate of the core's updates; set --core_learning_rate_scale"
-            )
-        schedule = make_schedule(self.schedule)
-        if isinstance(schedule, Sum) and self.moments == "per_phase":
-            raise ValueError(
-                "got moments='per_phase' with the schedule 'sum'; needs 'shared', because one update of both losses has "
-                "one optimizer state; set --moments shared"
-            )
-        self._check_cores()
+        refuse_together(self)
+        for core in self.named_cores():
+            self.make_plan(core)
         self.make_plan()
         self.make_core_configs()
 
@@ -219,38 +179,6 @@ class MaskedArgumentsMixin:
     def wants_cores(self) -> bool:
         """Whether the fields ask for a core, or several; a model may bring its own."""
         return self.core not in (None, "none") or self.cores is not None
-
-    def _check_cores(self) -> None:
-        if self.cores is None:
-            if self.core is None and self.core_config is not None:
-                raise ValueError(
-                    f"got core_config={self.core_config!r} without core; needs it, because a kind of core says which options there are; "
-                    f"set --core, one of {', '.join(CORE_KINDS)}"
-                )
-            return
-        for name, given in (("core", self.core), ("core_config", self.core_config)):
-            if given is not None and given != "none":
-                raise ValueError(
-                    f"got {name}={given!r} beside cores; needs one of them, because cores names every core; drop --{name}, or "
-                    "--cores"
-                )
-        if self.preset == "paper":
-            raise ValueError("got cores with preset='paper'; needs core, because one core shares its A and B there")
-        for name in self.named_cores():
-            self.make_plan(name)
-
-    def _apply_preset(self) -> None:
-        if self.preset != "paper":
-            return
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name, value in PAPER.items():
-            given = getattr(self, name)
-            if given not in (defaults[name], value):
-                raise ValueError(
-                    f"got {name}={given!r} with preset='paper'; needs {value!r}, because the preset fixes it; drop "
-                    f"--preset, or --{name}"
-                )
-            setattr(self, name, value)
 
     def named_cores(self) -> dict[str, NamedCore]:
         """What `cores` says of each; empty without."""
@@ -260,37 +188,10 @@ class MaskedArgumentsMixin:
         """The plan that the fields describe, for the core of that name in `cores` with what is its own.
 
         Args: `among`: the names of all cores of the model, which take turns; default: those in `cores`.
+
+        Raises: ValueError for fields that do not go together.
         """
-        named = self.named_cores()
-        own = named[name].own if name in named else {}
-        core = Phase(
-            "core",
-            loss_weight=self.core_loss_weight,
-            distill_weight=own.get("distill_weight", self.distill_weight),
-            distill_temperature=self.distill_temperature,
-        )
-        full, core = fill_phases(self.method or "sgd", self.method_config, Phase("full"), core)
-        schedule = make_schedule(self.schedule)
-        if riding := {option: own[option] for option in ("core_updates", "start") if option in own}:
-            if not isinstance(schedule, RideAlong):
-                raise ValueError(
-                    f"got {sorted(riding)} of the core {name!r} with the schedule {self.schedule!r}; needs ride_along, because only "
-                    "there updates of a core follow full ones; set --schedule"
-                )
-            schedule = dataclasses.replace(schedule, **riding)
-        if "share" in own and isinstance(schedule, RideAlong | FullOnly):
-            raise ValueError(
-                f"got share={own['share']} of the core {name!r} with the schedule {self.schedule!r}; needs one with steps of its own "
-                "for cores, because under ride_along core_updates says how often each is trained; set core_updates, or --schedule"
-            )
-        for phase, never, which in ((full, CoreOnly, "core_only"), (core, FullOnly | Sum, "full_only or sum")):
-            if phase.has_slots and isinstance(schedule, never):
-                raise ValueError(
-                    f"got method {self.method!r} applied to {phase.network} updates with the schedule {which}; needs a "
-                    "schedule with such updates, because it would do nothing (those of sum are full ones); set apply_to "
-                    "in --method_config, or --schedule"
-                )
-        return Plan(share_of(name, list(named) if among is None else among, schedule, named), full, core)
+        return described_plan(self, self.named_cores(), name, among)
 
     def make_core_configs(self) -> dict[str, CoreConfig]:
         """Name -> configuration of every core that the fields describe."""
@@ -299,18 +200,8 @@ class MaskedArgumentsMixin:
         return {name: core.config for name, core in self.named_cores().items()}
 
     def make_core_config(self) -> CoreConfig:
-        """The core's configuration that the fields describe."""
-        kind = CORE_KINDS[LowRankCoreConfig.kind if self.core in (None, "none") else self.core]
-        given = json_object(self.core_config, "core_config", '{"rank": 0.125}')
-        config = kind.from_dict(given)
-        if self.preset == "paper":
-            if "coupling" in given and config.coupling != "shared":
-                raise ValueError(
-                    f"got coupling={config.coupling!r} with preset='paper'; needs 'shared', because W = B A + R there; drop "
-                    "--preset, or coupling from --core_config"
-                )
-            config.coupling = "shared"
-        return config
+        """The configuration that `core` and `core_config` describe."""
+        return described_core(self.core, self.core_config, self.preset)
 
 
 @dataclass

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .base import Core, CoreConfig, require
+from .cutting import Part
 from .ladder import RungSampling, check_sampling, rung_values
-from .parts import Part
 from .resized import Changes, ResizedCore, skeleton, sub_configs
 
 Keep = float | list[int]

@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..types import Mask, StepInfo
 from .base import Core, CoreConfig, Rung, tables
+from .cutting import Cutting, Part
 from .ladder import RungSampling, choose_rung
 from .modules import parameter_sites
-from .parts import Cutting, Part
 
 Changes = dict[str, dict[str, Any]]
 """Name of a sub-config ("" for the model's own) -> field -> new value."""

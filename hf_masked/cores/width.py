@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .base import Core, CoreConfig, require
+from .cutting import Part
 from .ladder import RungSampling, check_sampling, rung_values
-from .parts import Part
 from .resized import Changes, ResizedCore
 from .units import NEURONS, fewer_heads, fewer_neurons, head_cuts, neuron_cuts
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_masked.arguments import PAPER
+from hf_masked.argument_checks import PAPER
 from hf_masked.plan import Plan
 from hf_masked.schedules import RideAlong, make_schedule, resolve_step
 
