@@ -45,7 +45,7 @@ class CompressedReduction:
         self.bytes_sent = 0
         self._error: dict[str, torch.Tensor] = {}
         self._left_out: dict[str, torch.Tensor] = {}
-        self._network: nn.Module | None = None
+        self._networks: list[nn.Module] = []
 
     @property
     def per_process(self) -> bool:
@@ -55,11 +55,11 @@ class CompressedReduction:
     @property
     def error(self) -> dict[str, torch.Tensor] | None:
         """e, for the mask's caller to add and to keep; None where that is done before gradients travel, or not at all."""
-        return self._error if self.feedback and self._network is None else None
+        return self._error if self.feedback and not self._networks else None
 
     def __call__(self, info: StepInfo, gradients: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor | bool]:
         """What is kept. An update that is skipped does not ask, and leaves the memory as it was."""
-        if self._network is None or isinstance(self.rule, RandK):
+        if not self._networks or isinstance(self.rule, RandK):
             kept = self.rule(info, gradients)
         else:
             kept = {name: gradient != 0 for name, gradient in gradients.items()}
@@ -74,9 +74,9 @@ class CompressedReduction:
             names: parameters by the name that the rule knows them by.
             now: the update under way.
         """
-        if network is self._network or not isinstance(network, DistributedDataParallel):
+        if network in self._networks or not isinstance(network, DistributedDataParallel):
             return
-        self._network = network
+        self._networks.append(network)
         self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in names.items()}
         self._now = now
         self._group: Any = network.process_group

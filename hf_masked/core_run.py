@@ -1,15 +1,21 @@
 """One core in training: what belongs to it and to no other core of the model."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .cores import Core
+from .cores.base import Rung
 from .distillation import YieldingWeight
 from .named_cores import share_of
 from .optimization import Stepper
 from .plan import Plan, within_core
 from .replay import Batch, ReplayBuffer
 from .types import Phase, StepInfo
+
+if TYPE_CHECKING:
+    from .compressed_reduction import CompressedReduction
+    from .core_reduction import ReducedCore
+    from .tensor_reduction import TensorReduction
 
 
 @dataclass
@@ -21,6 +27,8 @@ class CoreRun(Stepper):
         plan: its schedule and its phase; the full network's phase is the same object for all cores.
         learning_rate_scale: factor of its learning rates.
         wrapped: the core network as accelerate prepared it.
+        reduced: the same by rung, as processes train it; known after the first update of each.
+        reduction: what reduces its gradients in place of DistributedDataParallel, if anything does.
         splits: update steps before which it is split.
         turns: how many updates of it come before each step, where it is trained at several sizes; else empty.
         first_ride: the first update step that updates of it follow, or None.
@@ -33,6 +41,8 @@ class CoreRun(Stepper):
     plan: Plan = field(kw_only=True)
     learning_rate_scale: float = 1.0
     wrapped: Any = None
+    reduced: dict[Rung | None, "ReducedCore"] = field(default_factory=dict)
+    reduction: "CompressedReduction | TensorReduction | None" = None
     splits: set[int] = field(default_factory=set)
     turns: list[int] = field(default_factory=list)
     first_ride: int | None = None

@@ -17,7 +17,7 @@ MEASURES = (
     "coverage_age_max",
     "coverage_age_mean",
 )
-_GAP = "_full_gap"  # of each core
+_GAP, _BYTES = "_full_gap", "reduced_bytes_"  # of each core; of each network, with several processes
 
 
 def summarise(log_history: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -27,8 +27,9 @@ def summarise(log_history: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     2.0
     """
     summary = {}
-    gaps = dict.fromkeys(name for row in log_history for name in row if name.endswith(_GAP))
-    for name in (*MEASURES, *gaps):
+    logged = dict.fromkeys(name for row in log_history for name in row)
+    others = [name for name in logged if name.endswith(_GAP) or name.startswith(_BYTES)]
+    for name in (*MEASURES, *others):
         values = [row[name] for row in log_history if name in row]
         if values:
             mean = sum(values) / len(values)

@@ -11,10 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .compressed_reduction import CompressedReduction
 from .cores import get_core
+from .cores.modules import uncompiled
 from .hooks import JointHooks
 from .masked_optimizer import entries_of
 from .perturbations.subnets import Subnets
-from .types import StepInfo
+from .schedules import Sum
+from .tensor_reduction import TensorReduction, keep_local, known_in_backward
+from .types import Phase, StepInfo
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -98,17 +101,10 @@ class SubnetWorkers:
             tensor.copy_(piece.view_as(tensor))
 
 
-def keep_local(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """The reduction of a bucket of gradients that sends nothing: each process goes on with its own."""
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-
 @contextmanager
 def nothing_sent(accelerator: Any, network: Any) -> Iterator[None]:
     """Inside, a pass sends nothing: neither gradients nor buffers, which the next pass outside sends as if this one had not been."""
-    inner = _uncompiled(network)
+    inner = uncompiled(network)
     with accelerator.no_sync(network):
         sends = getattr(inner, "require_forward_param_sync", None)
         if sends is not None:
@@ -120,15 +116,11 @@ def nothing_sent(accelerator: Any, network: Any) -> Iterator[None]:
                 inner.require_forward_param_sync = sends
 
 
-def _uncompiled(network: Any) -> Any:
-    """What accelerate wrapped, without torch.compile's wrapper around that."""
-    return getattr(network, "_orig_mod", network)
-
-
 class DistributedMixin(JointHooks):
     """The part of `MaskedTrainerMixin` that several processes need."""
 
     _workers: SubnetWorkers | None = None
+    _full_reduction: CompressedReduction | TensorReduction | None = None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -137,17 +129,40 @@ class DistributedMixin(JointHooks):
 
     def _take_reductions(self) -> None:
         """Hand the reduction of gradients over to the rules that have their own, now that the networks are wrapped."""
-        wrapped = [(self.plan.full, self.model_wrapped, self.model)]
-        wrapped += [(run.phase, run.wrapped, get_core(self.model, run.name).model) for run in self._cores]
-        for phase, network, model in wrapped:
-            if isinstance(phase.grad_mask, CompressedReduction):
-                phase.grad_mask.attach(_uncompiled(network), dict(model.named_parameters()), lambda: self._now().info)
-        rule, full = self.plan.full.perturbation, _uncompiled(self.model_wrapped)
+        rule, full = self.plan.full.perturbation, uncompiled(self.model_wrapped)
+        self._full_reduction = None if isinstance(rule, Subnets) else self._reduction_of(self.plan.full)
+        if self._full_reduction is not None:
+            self._full_reduction.attach(full, dict(self.model.named_parameters()), lambda: self._now().info)
+        for run in self._cores:
+            run.reduction = self._reduction_of(run.phase)
+            if run.reduction is not None:
+                names = get_core(self.model, run.name).all_parameters()
+                run.reduction.attach(uncompiled(run.wrapped), names, lambda: self._now().info)
         if isinstance(rule, Subnets) and isinstance(full, DistributedDataParallel):
             if self._workers is None or self._workers.network is not full:
                 full.register_comm_hook(None, keep_local)
             inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             self._workers = SubnetWorkers(rule, full, self._trained(self.plan.full), inner)
+
+    def _reduction_of(self, phase: Phase) -> CompressedReduction | TensorReduction | None:
+        """What reduces a network's gradients in place of DistributedDataParallel, if anything has to."""
+        if isinstance(phase.grad_mask, CompressedReduction):
+            return phase.grad_mask
+        if known_in_backward(phase.grad_mask) and not isinstance(self.plan.schedule, Sum):
+            return TensorReduction(phase.grad_mask)
+        return TensorReduction() if getattr(self.args, "diagnostics_steps", 0) else None
+
+    def _reduced_bytes(self) -> dict[str, float]:
+        """The bytes of gradients that the last update of each network has given to be reduced, where they are counted."""
+        reductions = {"full": self._full_reduction} | {run.name: run.reduction for run in self._cores}
+        counted = {name: rule for name, rule in reductions.items() if isinstance(rule, TensorReduction)}
+        return {f"reduced_bytes_{name}": rule.bytes_of_update for name, rule in counted.items() if rule.bytes_sent}
+
+    def _full_looks_for_unused(self, phase: Phase) -> bool:
+        """Whether an update of the full network may leave parameters without a gradient, among several processes."""
+        wrapped: Any = self.model_wrapped
+        looks = isinstance(wrapped, DistributedDataParallel) and wrapped.find_unused_parameters
+        return phase.network == "full" and looks and not wrapped.static_graph
 
     def _on_any_process(self, found: bool) -> bool:
         """Whether it was found on one of the processes; to be called on all of them."""

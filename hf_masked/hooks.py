@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from .audit import Audit
+    from .compressed_reduction import CompressedReduction
     from .core_run import CoreRun
     from .cores import Core
     from .diagnostics import Coverage
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .optimization import Stepper
     from .plan import Plan
     from .second_pass import SkippedSteps
+    from .tensor_reduction import TensorReduction
     from .types import Phase
 
     class JointHooks(Trainer):
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
         _audit: Audit | None
         _coverage: Coverage
         _workers: SubnetWorkers | None
+        _full_reduction: CompressedReduction | TensorReduction | None
 
         def _the_core(self) -> Core: ...
 
@@ -58,6 +61,10 @@ if TYPE_CHECKING:
         def _mean_over_processes(self, value: torch.Tensor) -> torch.Tensor: ...
 
         def _on_any_process(self, found: bool) -> bool: ...
+
+        def _reduced_bytes(self) -> dict[str, float]: ...
+
+        def _full_looks_for_unused(self, phase: Phase) -> bool: ...
 
         def _trained(self, phase: Phase) -> dict[str, nn.Parameter]: ...
 

@@ -148,8 +148,8 @@ def refuse_rungs(core: Core, plan: Plan, args: Any) -> None:
             "it is of whole linear layers, and a smaller rung multiplies slices of them",
         ),
         "several processes that look for no unused parameters": (
-            isinstance(core, DepthCore) and args.world_size > 1 and not _finds_unused(args),
-            "they would wait for gradients of the blocks that a shallower rung skips; set --ddp_find_unused_parameters true",
+            isinstance(core, DepthCore) and args.world_size > 1 and args.ddp_find_unused_parameters is False,
+            "they would wait for gradients of the blocks that a shallower rung skips; leave --ddp_find_unused_parameters unset",
         ),
         "running statistics and several processes": (
             args.world_size > 1 and running_statistics(core.model) is not None,
@@ -162,12 +162,6 @@ def refuse_rungs(core: Core, plan: Plan, args: Any) -> None:
                 f"got a core of several sizes with {what}; needs one without, because {reason}; set one size in "
                 "--core_config, or another --schedule or method"
             )
-
-
-def _finds_unused(args: Any) -> bool:
-    """Whether DistributedDataParallel does, as Trainer decides it."""
-    said = args.ddp_find_unused_parameters
-    return bool(said) if said is not None else not args.gradient_checkpointing
 
 
 def behind_the_mixin(trainer: Any, method: str, purpose: str) -> ValueError:

@@ -1,6 +1,5 @@
 """The end of an update step: the batch is kept for the cores, and updates of theirs ride along."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -95,8 +94,7 @@ class RidingMixin(UpdateStepMixin):
         for index, microbatch in enumerate(batch.microbatches):
             here = microbatch.to(self.args.device)
             last = index == count - 1
-            with nullcontext() if last else self.accelerator.no_sync(core.wrapped):
-                self._forward_backward(core.wrapped, here.inputs, num_items, phase, "core", here.teaching)
+            self._core_forward_backward(here.inputs, num_items, phase, here.teaching, last)
         self._mask_update(phase)
         core.yielding.end_update(self._mean_over_processes)
         norm = self._clip_grad_norm(self.core_model) if self.args.max_grad_norm > 0 else None

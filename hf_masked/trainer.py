@@ -247,7 +247,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         core.sync(self.model)
         for network in core.networks:
             _mirror_checkpointing(self.model, network)
-        run.wrapped = self.accelerator.prepare_model(core.model)
+        run.wrapped, run.reduced = self._wrap_core(core.model), {}
         if self._one_state():
             run.optimizer = self.optimizer
         else:

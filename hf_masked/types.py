@@ -96,6 +96,8 @@ class Mask(Protocol):
 
     whole_tensors = True: it looks at names alone and answers with plain bools, so it is asked before the forward pass
         (with parameters in place of gradients), and nothing is differentiated that it leaves out.
+    known_in_backward = True: it answers with plain bools too, but only once the forward pass has been made; among several
+        processes it is asked then, and what it leaves out is not sent.
     on_parts = True: of a sharded model (FSDP2) it is asked as well, with DTensors. It answers with whole tensors, the same on
         every process, or with DTensors made of these. Perturbations may say so too; what does not is refused there.
     needs_parameters = True: it is called as rule(info, gradients, parameters), a `ParameterMask`.

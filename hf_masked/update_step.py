@@ -68,9 +68,8 @@ class UpdateStepMixin(WatchedStepMixin):
         if phase.network in ("core", "sum"):
             core = self._core
             teaching = self._teaching_for(phase, inputs, num_items_in_batch)
-            losses.append(
-                self._forward_backward(core.wrapped, inputs, num_items_in_batch, core.phase, "core", teaching)
-            )
+            last = self.accelerator.sync_gradients
+            losses.append(self._core_forward_backward(inputs, num_items_in_batch, core.phase, teaching, last))
         if self.accelerator.sync_gradients:
             self._mask_update(phase)
             if self._joint:
@@ -128,6 +127,16 @@ class UpdateStepMixin(WatchedStepMixin):
         for steps in self._masked_steps:
             steps.renew()
 
+    def _core_forward_backward(
+        self, inputs: Any, num_items: Any, phase: Phase, teaching: Teaching | None, last: bool
+    ) -> torch.Tensor:
+        """Forward and backward of one microbatch, the last of its update or not, through the core at the size of the update."""
+        core = self._the_core()
+        with core.at_rung(core.rung(self._now().info)):
+            network = self._reduced_core(inputs, num_items, phase, teaching)
+            with self._core_backward(network, last):
+                return self._forward_backward(network, inputs, num_items, phase, "core", teaching)
+
     def _forward_backward(
         self, model: Any, inputs: Any, num_items: Any, phase: Phase, network: str, teaching: Teaching | None = None
     ) -> torch.Tensor:
@@ -139,10 +148,9 @@ class UpdateStepMixin(WatchedStepMixin):
         keep = network == "full" and (bool(step.rides) or teaches or later)
         under_way = ForwardPass(phase, network, teaching, keep=keep, keep_teaching=teaches)
         apart: AbstractContextManager[None] = self._host_metrics_apart() if network == "core" else nullcontext()
-        with self._at_rung(network):
-            self._watch_microbatch(model, inputs, num_items, phase, network, teaching)
-            with apart, self._audited(phase), self._displaced(model, inputs, num_items, phase, network, teaching):
-                loss = self._run(model, inputs, num_items, under_way)
+        self._watch_microbatch(model, inputs, num_items, phase, network, teaching)
+        with apart, self._audited(phase), self._displaced(model, inputs, num_items, phase, network, teaching):
+            loss = self._run(model, inputs, num_items, under_way)
         if self._joint:
             if under_way.label_loss is None:
                 raise behind_the_mixin(self, "compute_loss", "which the cores are taught and both losses are read by")
@@ -152,13 +160,6 @@ class UpdateStepMixin(WatchedStepMixin):
             self._meter.add(f"loss_{name}", label_loss, 1 / self.current_gradient_accumulation_steps)
             return label_loss  # which `train_loss` is the mean of
         return loss
-
-    def _at_rung(self, network: str) -> AbstractContextManager[None]:
-        """The core at the size of this update."""
-        if network != "core":
-            return nullcontext()
-        core = self._the_core()
-        return core.at_rung(core.rung(self._now().info))
 
     # ---- the slots ----
 
@@ -177,7 +178,8 @@ class UpdateStepMixin(WatchedStepMixin):
     def _hold_still(self, phase: Phase) -> None:
         """What a mask's support leaves out is zero; what a mask of whole tensors leaves out is not differentiated by, where
         the graph may change from step to step."""
-        fixed_graph = self.args.torch_compile or self.accelerator.num_processes > 1
+        several = self.accelerator.num_processes > 1
+        fixed_graph = self.args.torch_compile or (several and not self._full_looks_for_unused(phase))
         if phase.grad_mask is None and phase.update_mask is None:
             return
         step = self._now()

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from .apply import MaskValues
+from .core_reduction import CoreReductionMixin
 from .cores import get_core
 from .diagnostics import Measure, stepped_gradients, trained_at_all
 from .displacement import buffers_kept
 from .distillation import Teaching
 from .forward_pass import ForwardPass
 from .randomness import random_state_kept
-from .second_pass import SecondPassMixin
 from .types import Phase
 
 
-class WatchedStepMixin(SecondPassMixin):
+class WatchedStepMixin(CoreReductionMixin):
     """The part of an update step that measures it, every `diagnostics_steps` update steps, and audits it."""
 
     def _begin_watch(self) -> None:
@@ -88,7 +88,7 @@ class WatchedStepMixin(SecondPassMixin):
         step.row = step.measure.compare(stepped, masks) | self._coverage.read(
             step.info.step, step.measure.shares(masks)
         )
-        step.row |= step.gaps
+        step.row |= step.gaps | self._reduced_bytes()
 
     def _log_measures(self, row: dict[str, float]) -> None:
         """A log row of its own, which leaves Trainer's due one due."""

@@ -21,6 +21,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def uncompiled(network: Any) -> Any:
+    """What accelerate wrapped, without torch.compile's wrapper around that."""
+    return getattr(network, "_orig_mod", network)
+
+
 def clone_structure(model: PreTrainedModel, shared: Iterable[nn.Parameter]) -> PreTrainedModel:
     """A copy of the model whose `shared` parameters are the same objects, and everything else its own.
 

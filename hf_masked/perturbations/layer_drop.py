@@ -87,6 +87,7 @@ class LayerDrop:
 
     # of a block that was left out there are no gradients to name it by
     mask.needs_parameters = True  # type: ignore[attr-defined]
+    mask.known_in_backward = True  # type: ignore[attr-defined]
 
     def _drops(self, info: StepInfo, block: str) -> bool:
         drawn = torch.rand((), generator=info.generator("layer_drop", block)).item()
