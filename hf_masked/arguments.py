@@ -50,7 +50,7 @@ class MaskedArgumentsMixin:
         metadata={
             "help": 'Several cores in one run, in place of core and core_config: JSON of {name: {"kind": ..., option: value}}, '
             'e.g. \'{"small": {"kind": "low_rank", "rank": 0.125}, "shallow": {"kind": "depth", "core_updates": 2}}\'. kind is what '
-            "core chooses from, options are those of core_config (coupling free only) and "
+            "core chooses from, options are those of core_config (coupling free for low_rank and lora) and "
             f"{', '.join(OWN)}. core_updates and start are those of ride_along; the core steps of any other schedule go round the "
             "cores, each as often as its share says (default 1). What is not said of a core is as the flags say. Each is "
             "evaluated as eval_<name>_* and exported to <name>/."

@@ -107,7 +107,7 @@ def _refuse_several(plan: Plan, given: bool, args: Any) -> None:
     reasons = {
         "moments='shared'": (
             args.moments == "shared",
-            "they share no parameter with the full network that both would move; set --moments per_phase",
+            "each core has an optimizer of its own; set --moments per_phase",
         ),
         "a plan= with rules for core updates": (
             given and plan.core.has_slots,

@@ -403,10 +403,6 @@ def test_cores_that_cannot_stand_beside_each_other_are_refused() -> None:
         add_core(model, DepthCoreConfig())
     with pytest.raises(ValueError, match="mistaken for each other's"):
         add_core(model, DepthCoreConfig(), name="core_r2")
-    with pytest.raises(ValueError, match=r"coupling='shared'.*needs 'free' for all of several"):
-        add_core(model, DepthCoreConfig(coupling="shared"), name="shallow")
-    with pytest.raises(ValueError, match=r"\['shared'\]; needs 'free' for all of several"):
-        add_core(tiny(core="shared"), DepthCoreConfig(), name="shallow")
     tuned = add_core(tiny(), LoraCoreConfig(r=2))
     with pytest.raises(ValueError, match="adapter/ as another core's does"):
         add_core(tuned, DepthCoreConfig(), name="adapter")

@@ -85,14 +85,14 @@ def add_core(
         config: what the core is; of a kind in `CORE_KINDS`, your own `CoreConfig`, or a `peft.LoraConfig`.
         calibration: batches, each a dict of the model's inputs, for init "activation" of a low-rank core. Without them such a
             core starts as "svd" does, until a split in training looks at the batches there.
-        name: of the core; a model may have several, all with coupling "free". Its metrics are `eval_<name>_*` and its export
-            is `<name>/`: a lower-case identifier.
+        name: of the core; a model may have several, of which those of low rank and adapters have coupling "free". Its metrics
+            are `eval_<name>_*` and its export is `<name>/`: a lower-case identifier.
 
     Returns: the same model, for chaining. `get_core(model).model` is the core network, `get_core(model, name)` one of
         several.
 
     Raises: ValueError for a model that has a core of that name, is quantized or PEFT-wrapped, or that cannot have such a
-        core, for another name, for several cores of which one is "shared", and for calibration that the core has no use
+        core, for another name, for several cores of which one rewrites the full network, and for calibration that the core has no use
         for. TypeError for another kind of config or model. RuntimeError inside `core_mode`. The model is untouched then.
 
     Cost: memory of the core's own parameters; what `config` says it takes to start them.
@@ -190,13 +190,20 @@ def _refuse_beside(others: dict[str, Core], config: CoreConfig, name: str) -> No
             "by it; set name="
         )
     check_name(name, others)
-    shared = [other for other, core in others.items() if core.config.coupling != "free"]
-    if others and (shared or config.coupling != "free"):
+    rewriting = [other for other, core in others.items() if not core.full_is_plain]
+    rewrites = config.coupling == "shared" and isinstance(config, LowRankCoreConfig | LoraCoreConfig)
+    if others and (rewriting or rewrites):
         raise ValueError(
             f"got coupling={config.coupling!r} for the core {name!r} beside {list(others)} of coupling "
-            f"{[core.config.coupling for core in others.values()]}; needs 'free' for all of several cores, because a shared one "
-            "is the full network's own parameters, so its updates would move what the others are split from and learn from; set "
-            "coupling"
+            f"{[core.config.coupling for core in others.values()]}; needs 'free' for the low-rank ones and adapters of several, "
+            "because a shared one has the full network's W written as B A + R, of which no other core can be made; set coupling"
+        )
+    by_place = [other for other, core in others.items() if core.config.coupling == "shared"]
+    if by_place and config.coupling == "shared" and getattr(config, "order", "first") != "first":
+        raise ValueError(
+            f"got order={config.order!r} for the core {name!r} beside {by_place} of coupling 'shared'; needs to be the first of "  # type: ignore[attr-defined]
+            "them, because it puts the full network's own weights in that order, of which the others have parts by their place; "
+            "name it before them"
         )
 
 
