@@ -1,5 +1,7 @@
 """One core in training: what belongs to it and to no other core of the model."""
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from .core_reduction import ReducedCore
     from .tensor_reduction import TensorReduction
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class CoreRun(Stepper):
@@ -32,6 +36,7 @@ class CoreRun(Stepper):
         splits: update steps before which it is split.
         turns: how many updates of it come before each step, where it is trained at several sizes; else empty.
         first_ride: the first update step that updates of it follow, or None.
+        begins: the first update step that makes it more than it was when the run began, or None.
         replay, yielding: the batches that it draws from, and the weight of what the full network said to them.
     """
 
@@ -46,6 +51,7 @@ class CoreRun(Stepper):
     splits: set[int] = field(default_factory=set)
     turns: list[int] = field(default_factory=list)
     first_ride: int | None = None
+    begins: int | None = None
     replay: ReplayBuffer = field(default_factory=lambda: ReplayBuffer(0))
     yielding: YieldingWeight = field(default_factory=YieldingWeight)
 
@@ -71,6 +77,16 @@ class CoreRun(Stepper):
         """How many of its updates come before this step, as `StepInfo.turn` has it."""
         return self.turns[step] if self.turns else 0
 
+    def set_begin(self, coupling: str, max_steps: int, seed: int) -> None:
+        """Find the first update or later split of a core with parameters of its own; one that shares the full network's is
+        trained with that from the first step on."""
+        first = 0 if coupling == "shared" else self.plan.first_update("core", max_steps, seed)
+        self.begins = min((step for step in (first, *(self.splits - {0})) if step is not None), default=None)
+
+    def has_begun(self, steps: int) -> bool:
+        """Whether that many update steps have made it more than it was when the run began."""
+        return self.begins is not None and steps > self.begins
+
     def keeps_for_later(self, step: int) -> bool:
         """Whether the batch of a step before the first ride will still be in the buffer then."""
         start = self.first_ride
@@ -79,6 +95,17 @@ class CoreRun(Stepper):
     def given(self, batch: Batch) -> Batch:
         """A batch of the step under way as this core may see it."""
         return batch if self.learns else batch.without_teaching()
+
+
+def warn_untrained(runs: Iterable[CoreRun], steps: int, what: str) -> None:
+    """Warn of every core that a run of both would have trained later than in its first `steps` update steps."""
+    for run in runs:
+        if run.begins is not None and not run.has_begun(steps):
+            logger.warning(
+                "%s %d update steps, before the first update of the core %r in update step %d, so it is untrained; set "
+                "metric_for_best_model to eval_%s_loss, which evaluations have from then on, or an earlier start in --schedule",
+                *(what, steps, run.name, run.begins + 1, run.name),
+            )
 
 
 def make_runs(cores: dict[str, Core], plan: Plan | None, args: Any) -> tuple[Plan, list[CoreRun]]:

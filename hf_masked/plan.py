@@ -60,6 +60,13 @@ class Plan:
         steps = range(max_steps)
         return next((t for t in steps if len(self.schedule(StepInfo(t, max_steps, seed))) > 1), None)
 
+    def first_update(self, network: Network, max_steps: int, seed: int) -> int | None:
+        """The first update step that trains `network`, or None."""
+        wanted = {network, "sum"}
+        return next(
+            (t for t in range(max_steps) if wanted.intersection(self.schedule(StepInfo(t, max_steps, seed)))), None
+        )
+
     def validate(self, max_steps: int, seed: int) -> None:
         """Refuse a plan that cannot do what it says.
 

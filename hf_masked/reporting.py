@@ -30,7 +30,9 @@ class JointReportingMixin(JointHooks):
     ) -> Any:
         cores = get_cores(self.model)
         inside = any(core.active_thread is not None for core in cores.values())
-        alone = not self._joint or self._evaluating_core or inside
+        waiting = self._waiting()
+        cores = {name: core for name, core in cores.items() if name not in waiting}
+        alone = not self._joint or self._evaluating_core or inside or not cores
         # each core is evaluated on what the full network is, where the collator draws (masked language modelling) as well
         collator = getattr(dataloader, "collate_fn", None)
         drawn_again = None if alone else random_state(self.args.device, collator)
@@ -62,6 +64,18 @@ class JointReportingMixin(JointHooks):
         as_without_cores()
         self._core_seconds = (metric_key_prefix, seconds, time.time() - started)
         return output
+
+    def _waiting(self) -> set[str]:
+        """The cores of which evaluations in training say nothing yet: all that could be told is of what they were made as."""
+        steps = self.state.global_step
+        return {run.name for run in self._cores if self.is_in_train and not run.has_begun(steps)}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's choice, which is not made by a core that waits for its first update."""
+        wanted = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if wanted not in metrics and any(f"_{name}_" in wanted for name in self._waiting()):
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     @contextmanager
     def _as_core(self, core: Core, rung: Rung | None = None) -> Iterator[None]:

@@ -14,6 +14,7 @@ from . import joint_state, method_state
 from .checkpoints import clear_aside, folder_aside, last_complete_checkpoint, publish, withdraw
 from .checksums import NAME as CHECKSUMS
 from .checksums import check_checksums, write_checksums
+from .core_run import warn_untrained
 from .cores import get_cores
 from .cores.attached import refuse_inside_core_mode
 from .cores.base import DEFAULT_NAME
@@ -158,7 +159,9 @@ class JointSavingMixin(TrainingStateMixin):
                 clear_aside(self.args.output_dir)
             self.accelerator.wait_for_everyone()
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        warn_untrained(self._cores, self.state.global_step, "the run ended after")
+        return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._joint and self.state.global_step >= self.state.max_steps:
@@ -219,6 +222,10 @@ class JointSavingMixin(TrainingStateMixin):
             if not self._load_whole(best):
                 super()._load_best_model()
             return
+        metric = self.args.metric_for_best_model
+        warn_untrained(
+            self._cores, self.state.best_global_step or 0, f"the best checkpoint by {metric}, now loaded, is of"
+        )
         self._load_networks(best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -261,6 +261,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         )
         run.first_ride = run.plan.first_ride(max_steps, self.args.mask_seed)
         run.splits = split_steps(core.config, run.plan.schedule, max_steps, self.args.mask_seed)
+        run.set_begin(core.config.coupling, max_steps, self.args.mask_seed)
         run.turns = run.plan.turns(max_steps, self.args.mask_seed) if core.nested else []
 
     def _mask_steps_of(self, *optimizers: Any) -> None:

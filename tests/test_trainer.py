@@ -12,7 +12,7 @@ import torch
 from architectures import architecture
 from common import RANK, Watch, arguments, difference, fit, log, phases, rows, tiny, values
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_masked import (
     LowRankCoreConfig,
@@ -219,6 +219,36 @@ def test_best_model_of_either_metric_comes_back(metric: str, coupling: str, tmp_
         assert difference(values(network), watch.after[best][kind]) is None
         assert difference(values(network), watch.after[6][kind]) is not None
     assert trainer.evaluate()[metric] == pytest.approx(scores[best])
+
+
+@pytest.mark.parametrize(("coupling", "told"), [("free", [4, 5, 6]), ("shared", [1, 2, 3, 4, 5, 6])])
+def test_nothing_is_chosen_by_a_core_before_its_first_update(
+    coupling: str, told: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its loss would be the same number at every evaluation until then; a core of the full network's parameters is trained with it."""
+    late = {"schedule": {"name": "ride_along", "start": 3}, "metric_for_best_model": "eval_core_loss"}
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "load_best_model_at_end": True}
+    stopping = {"callbacks": [EarlyStoppingCallback(3)]}
+    trainer = fit(tmp_path, tiny(core=coupling), trainer_options=stopping, **late | every)
+    scores = {row["step"]: row["eval_core_loss"] for row in trainer.state.log_history if "eval_core_loss" in row}
+    assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert list(scores) == told and len(set(scores.values())) == len(told)
+    assert trainer.state.best_global_step == min(scores, key=scores.__getitem__)
+    assert trainer.evaluate()["eval_core_loss"] == pytest.approx(min(scores.values()))
+    assert "untrained" not in caplog.text
+    with pytest.raises(KeyError, match="eval_cores_loss"):
+        fit(tmp_path, tiny(core=coupling), **late | every | {"metric_for_best_model": "eval_cores_loss"})
+
+
+def test_an_untrained_core_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the best checkpoint by the full network's score, and of a run that stopped before the core's turn."""
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "load_best_model_at_end": True}
+    worst = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    stopping = {"callbacks": [EarlyStoppingCallback(2)]}
+    fit(tmp_path, tiny(core="free"), trainer_options=stopping, **every | worst)
+    for what in ("the best checkpoint by eval_loss, now loaded, is of 1", "the run ended after 3"):
+        assert f"{what} update steps, before the first update of the core 'core' in update step 5" in caplog.text
+    assert "set metric_for_best_model to eval_core_loss" in caplog.text
 
 
 # --- splitting again ---------------------------------------------------------------------------------------------------
