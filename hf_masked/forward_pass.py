@@ -77,8 +77,13 @@ class ForwardPassMixin(JointHooks):
     ) -> Any:
         under_way = self._pass
         kwargs["num_items_in_batch"] = num_items_in_batch
-        if under_way is None or not self._joint:
+        if under_way is None:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if not self._joint:
+            answer: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            loss, *outputs = answer if return_outputs else (answer,)
+            loss = _telling(loss, under_way.phase)
+            return (loss, *outputs) if return_outputs else loss
         batch = dict(inputs)
         loss, outputs = self._loss_and_outputs(model, inputs, **kwargs)
         if not self._checked:
@@ -93,6 +98,7 @@ class ForwardPassMixin(JointHooks):
                 loss = self._taught(under_way, loss, batch, outputs, num_items_in_batch)
             loss = under_way.phase.loss_weight * loss
             under_way.total_loss = loss.detach()
+        loss = _telling(loss, under_way.phase)
         return (loss, outputs) if return_outputs else loss
 
     def _taught(
@@ -247,3 +253,10 @@ class ForwardPassMixin(JointHooks):
             yield
         finally:
             vars(self).update(held)
+
+
+def _telling(loss: torch.Tensor, phase: Phase) -> torch.Tensor:
+    """The loss, and where a displacement has made it infinite or not a number a gradient that tells, on every process."""
+    if phase.perturbation is None:
+        return loss
+    return loss * loss.detach().isfinite().to(loss.dtype).reciprocal()

@@ -31,6 +31,7 @@ STEPS, DECAY = 20, 0.1
 OPTIMIZERS = {"sgd": {"optim": "sgd", "weight_decay": 0.0}, "adamw": {"optim": "adamw_torch", "weight_decay": DECAY}}
 MATRICES = {"target": r".*layers.*weight"}
 PRUNING = {"name": "cubic", "start": 1.0, "end": 0.2, "until": 0.7, "every": 2}
+TWO = [{"name": "lisa", "blocks": 1, "every": 2}, {"name": "top_k", "density": 0.3}]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ PRESETS: dict[str, Preset] = {
     "freeze_out": Preset({"t0": 0.3}, {"t0": 0.6}),
     "magnitude": Preset({"density": 0.3, "scope": "global"}, {"scope": "tensor"}),
     "fisher": Preset({"density": 0.1, "batches": 3}, {"batches": 4}, NEVER_TRAINED),
+    "chain": Preset({"methods": TWO}, {"methods": TWO[:1]}),
+    "complement": Preset({"method": TWO[1]}, {"method": {"name": "top_k", "density": 0.6}}),
     "gmp": Preset(MATRICES | {"density": PRUNING}, {"scope": "global"}),
     "rigl": Preset(MATRICES | {"every": 4}, {"every": 3}),
     "set": Preset(MATRICES | {"every": 4, "distribution": "uniform"}, {"seed": 1}),

@@ -263,6 +263,30 @@ def test_resumed_is_uninterrupted(rule: Any, tmp_path: Path) -> None:
     assert difference(*finals) is None
 
 
+class Overflowing(nn.Module):
+    """A loss that is infinite where the weight is large, with a gradient that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.layer(x).square().mean() + self.layer.weight.detach().abs().exp().sum()}
+
+
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(tmp_path: Path) -> None:
+    def far(info: StepInfo, parameters: Values) -> Values:
+        return {n: torch.full_like(p, 100.0 if info.step == 1 else 0.1) for n, p in parameters.items()}
+
+    model = Overflowing()
+    data = [{"x": torch.randn(4, generator=torch.Generator().manual_seed(i))} for i in range(8)]
+    trainer = MaskedTrainer(model, arguments(tmp_path, max_steps=3), plan=full(far), train_dataset=data)  # type: ignore[arg-type]
+    with torch.no_grad(), displaced(dict(model.named_parameters()), lambda x: far(StepInfo(1, 3), x)):
+        assert model(data[0]["x"][None])["loss"].isinf()
+    trainer.train()
+    assert [row.get("skipped_steps") for row in trainer.state.log_history if "loss" in row] == [None, 1, 1]
+
+
 def test_a_step_that_blows_up_is_skipped_and_counted(tmp_path: Path) -> None:
     def explode(info: StepInfo, parameters: Values) -> Values:
         return {n: torch.full_like(p, torch.inf) for n, p in parameters.items()} if info.step == 2 else {}

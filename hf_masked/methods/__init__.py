@@ -14,6 +14,7 @@ from ..typed import check_type, json_object
 from ..types import Phase
 from .base import Method, check_choice
 from .blocks import badam, freeze_out, lisa, parameters
+from .composed import chain, complement
 from .displaced import (
     asam,
     binary_connect,
@@ -45,6 +46,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "freeze_out": freeze_out,
     "magnitude": magnitude,
     "fisher": fisher,
+    "chain": chain,
+    "complement": complement,
     "gmp": gmp,
     "rigl": rigl,
     "set": set_,

@@ -1,5 +1,6 @@
 """What a phase's slots cannot be combined with, refused before any training."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from ..apply import Parameters, evaluate_mask, looks_at_names, rules_of
 from ..compressed_reduction import CompressedReduction
 from ..cores import GrownMasks
 from ..loss_scale import in_fp16
-from ..masks import DynamicSparsity, Fixed, GradualPruning
+from ..masks import Chain, DynamicSparsity, Fixed, GradualPruning
 from ..masks.sparse_training import targets
 from ..perturbations import DropConnect, Prune, Quantize
 from ..perturbations.chosen import matrices
@@ -34,7 +35,7 @@ def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
         matrices(parameters, phase.perturbation.pattern)
     if isinstance(phase.perturbation, Prune):
         phase.perturbation.chosen(parameters)
-    for rule in rules:
+    for rule in (inner for outer in rules for inner in _with_inner(outer)):
         if isinstance(rule, Fixed):
             _refuse_misfit(rule, parameters)
         if isinstance(rule, DynamicSparsity | GradualPruning):
@@ -77,6 +78,13 @@ def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
             raise ValueError(
                 f"got a mask on {phase.network} updates with {what}; needs a run without, because {reason}"
             )
+
+
+def _with_inner(rule: Any) -> Iterator[Any]:
+    """A rule, and those that it is made of."""
+    yield rule
+    for inner in rule.rules if isinstance(rule, Chain) else ():
+        yield from _with_inner(inner)
 
 
 def _refuse_misfit(rule: Fixed, parameters: Parameters) -> None:
