@@ -121,24 +121,29 @@ def export(
         full.save_pretrained(out, is_main_process=False)  # which gathers for the first process, and writes nothing
         return
     target = check_writable(out)
-    cores: list[Core] = list(get_cores(full).values())
     check_free(target, full)
     with _staging(target) as staging:
-        stock = full if all(core.full_is_plain for core in cores) else merge_full(full)
-        stock.save_pretrained(staging, max_shard_size=max_shard_size)
-        if processing_class is not None:
-            processing_class.save_pretrained(staging)
-        for core in cores:
-            core.sync(full)
-            for folder, rung in core_folders(core).items():
-                with core.at_rung(rung):
-                    core.write(staging / folder, _checked_format(core, core_format), max_shard_size)
-                if processing_class is not None:
-                    processing_class.save_pretrained(staging / folder)
+        for folder in _write_networks(full, staging, core_format, max_shard_size):
+            if processing_class is not None:
+                processing_class.save_pretrained(folder)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
         flush_all(staging)
         _swap_in(staging, target)
+
+
+def _write_networks(full: Any, out: Path, core_format: str | None, max_shard_size: int | str) -> Iterator[Path]:
+    """Write the full model and every core, and say after each where it lies."""
+    cores: list[Core] = list(get_cores(full).values())
+    stock = full if all(core.full_is_plain for core in cores) else merge_full(full)
+    stock.save_pretrained(out, max_shard_size=max_shard_size)
+    yield out
+    for core in cores:
+        core.sync(full)
+        for folder, rung in core_folders(core).items():
+            with core.at_rung(rung):
+                core.write(out / folder, _checked_format(core, core_format), max_shard_size)
+            yield out / folder
 
 
 def core_folders(core: Core) -> dict[str, Rung | None]:

@@ -109,16 +109,7 @@ def add_core(
     """
     if isinstance(config, PeftConfig):
         config = LoraCoreConfig.from_peft(config)
-    if not isinstance(config, CoreConfig):
-        raise TypeError(
-            f"got a config of type {type(config).__name__}; needs a CoreConfig such as LowRankCoreConfig(rank=0.125), or a "
-            "peft.LoraConfig, because its class says which kind of core is made; call LowRankCoreConfig.from_dict for a dict"
-        )
-    if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
-        raise TypeError(
-            f"got a model of type {type(model).__name__}; needs a PreTrainedModel of Transformers, because the core is one of the "
-            "same class; load it with AutoModelForCausalLM.from_pretrained, or another class"
-        )
+    _refuse_types(model, config)
     refuse_inside_core_mode(model, "add_core")
     _refuse_beside(get_cores(model), config, name)
     _refuse_unfit(model)
@@ -170,6 +161,19 @@ def _needs_no_calibration(config: CoreConfig) -> ValueError:
         f"got calibration= for a core of the kind {config.kind!r} with init={getattr(config, 'init', None)!r}; needs a low-rank "
         "core with init='activation', because no other looks at inputs; drop calibration="
     )
+
+
+def _refuse_types(model: Any, config: Any) -> None:
+    if not isinstance(config, CoreConfig):
+        raise TypeError(
+            f"got a config of type {type(config).__name__}; needs a CoreConfig such as LowRankCoreConfig(rank=0.125), or a "
+            "peft.LoraConfig, because its class says which kind of core is made; call LowRankCoreConfig.from_dict for a dict"
+        )
+    if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+        raise TypeError(
+            f"got a model of type {type(model).__name__}; needs a PreTrainedModel of Transformers, because the core is one of the "
+            "same class; load it with AutoModelForCausalLM.from_pretrained, or another class"
+        )
 
 
 def _refuse_common(config: CoreConfig) -> None:

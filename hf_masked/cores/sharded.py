@@ -71,11 +71,15 @@ def refuse_sharded(trainer: Any, what: str) -> None:
     """
     if not getattr(trainer.model, "is_distributed_loading_by_transformers", False):
         return
-    args, phase, sizes = trainer.args, trainer.plan.full, trainer.model.config.distributed_config
-    rules = [rule for rule in (phase.perturbation, phase.grad_mask, phase.update_mask) if rule is not None]
-    alone = [getattr(rule, "__self__", rule) for rule in rules if not works_on_parts(rule)]
-    at_once = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-    reasons = {
+    for other, (applies, reason) in (_of_the_run(trainer, what) | _of_the_slots(trainer)).items():
+        if applies:
+            raise ValueError(f"got {what} for a sharded model with {other}; needs a run without, because {reason}")
+
+
+def _of_the_run(trainer: Any, what: str) -> dict[str, tuple[bool, str]]:
+    """What is asked of the run -> whether it is, and why that would be wrong."""
+    args, sizes = trainer.args, trainer.model.config.distributed_config
+    return {
         "parallelism besides FSDP": (
             max(sizes.tp_size, sizes.pp_size, sizes.ep_size) > 1,
             "the processes would share batches or layers; set fsdp_size alone",
@@ -85,6 +89,20 @@ def refuse_sharded(trainer: Any, what: str) -> None:
             what == "a core" and trainer._one_state(),
             "no optimizer takes whole tensors and parts in one step; set --moments per_phase and another --schedule than sum",
         ),
+        "--diagnostics_steps or --audit": (args.diagnostics_steps > 0 or args.audit, "they look at whole tensors"),
+        "--fp16": (in_fp16(args), "GradScaler was not tried on parts; set --bf16"),
+        "--load_best_model_at_end": (args.load_best_model_at_end, "checkpoints hold whole tensors"),
+    }
+
+
+def _of_the_slots(trainer: Any) -> dict[str, tuple[bool, str]]:
+    """What the full network's slots hold -> whether they do, and why that would be wrong."""
+    phase = trainer.plan.full
+    rules = [rule for rule in (phase.perturbation, phase.grad_mask, phase.update_mask) if rule is not None]
+    alone = [getattr(rule, "__self__", rule) for rule in rules if not works_on_parts(rule)]
+    at_once = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    several = trainer.args.gradient_accumulation_steps > 1
+    return {
         f"the backward of {type(phase.backward).__name__}": (
             phase.backward is not None,
             "layers exchange their forward, in which FSDP puts their weights together; set apply_to core",
@@ -100,19 +118,11 @@ def refuse_sharded(trainer: Any, what: str) -> None:
             "extragradient, gaussian, stale, drop_connect, dropout, quantize or binary_connect per channel",
         ),
         "two passes and microbatches that are reduced together": (
-            getattr(phase.perturbation, "needs_gradient", False)
-            and args.gradient_accumulation_steps > 1
-            and not at_once,
-            "the first pass needs this microbatch's gradient, reduced; set --accelerator_config '{\"gradient_accumulation_kwargs\": "
-            '{"sync_each_batch": true}}\'',
+            getattr(phase.perturbation, "needs_gradient", False) and several and not at_once,
+            "the first pass needs this microbatch's gradient, reduced; set --accelerator_config "
+            '\'{"gradient_accumulation_kwargs": {"sync_each_batch": true}}\'',
         ),
-        "--diagnostics_steps or --audit": (args.diagnostics_steps > 0 or args.audit, "they look at whole tensors"),
-        "--fp16": (in_fp16(args), "GradScaler was not tried on parts; set --bf16"),
-        "--load_best_model_at_end": (args.load_best_model_at_end, "checkpoints hold whole tensors"),
     }
-    for other, (applies, reason) in reasons.items():
-        if applies:
-            raise ValueError(f"got {what} for a sharded model with {other}; needs a run without, because {reason}")
 
 
 def refuse_resuming(model: nn.Module, checkpoint: str) -> None:

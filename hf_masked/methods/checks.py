@@ -42,10 +42,19 @@ def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
             targets(parameters, rule.target)
         if looks_at_names(rule):
             evaluate_mask(rule, parameters, StepInfo(0, max(1, args.max_steps), getattr(args, "mask_seed", 0)))
+    for applies, what, reason in _beside(phase, rules, parameters, args):
+        if applies:
+            raise ValueError(
+                f"got a mask on {phase.network} updates with {what}; needs a run without, because {reason}"
+            )
+
+
+def _beside(phase: Phase, rules: list[Any], parameters: Parameters, args: Any) -> list[tuple[bool, str, str]]:
+    """(whether it is so, what is beside masks, why it cannot be)."""
     optimizer = str(getattr(args.optim, "value", args.optim))
     single = phase.update_mask is not None and not looks_at_names(phase.update_mask)
     fused = any(name in optimizer for name in _NOT_PER_ENTRY) and single and phase.state_policy != "decay"
-    refused = [
+    return [
         (
             bool(rules) and any(name in optimizer for name in _IN_BACKWARD),
             f"--optim {optimizer}",
@@ -73,11 +82,6 @@ def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
             "zeros in A, B and R are none in W = B A + R; set coupling free in --core_config",
         ),
     ]
-    for applies, what, reason in refused:
-        if applies:
-            raise ValueError(
-                f"got a mask on {phase.network} updates with {what}; needs a run without, because {reason}"
-            )
 
 
 def _with_inner(rule: Any) -> Iterator[Any]:
