@@ -92,7 +92,8 @@ def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm
         )
     configs = training_args.make_core_configs()
     refuse_several(configs, args)
-    model = task.new_model(training_args.seed)
+    # before the cores are hung on, which a model does not move with itself
+    model = task.new_model(training_args.seed).to(training_args.device)
     if any(isinstance(config, LoraCoreConfig) for config in configs.values()) and not model.name_or_path:
         raise ValueError(
             "got core='lora' for a model made from a config; needs a pretrained one, because an adapter is loaded onto "
@@ -112,8 +113,7 @@ def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm
         counts = core_updates(training_args) if training_args.cores else {}
         return [dataclasses.replace(made, core_updates=sum(counts.values())) if counts else made]
     size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    device = training_args.device
-    costs = ladder_costs(model.to(device), task.batches(size, device))
+    costs = ladder_costs(model, task.batches(size, training_args.device))
     joint = joint_arm(training_args.max_steps, training_args.schedule, costs)
     arms = comparison_arms(
         training_args.max_steps, costs, joint, configs["core"].to_dict(), args.compare_distill_weight
