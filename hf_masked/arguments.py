@@ -19,7 +19,20 @@ from .typed import as_json, check_types
 
 @dataclass
 class MaskedArgumentsMixin:
-    """Joint training of a full network and its core. Mix it into any `TrainingArguments` subclass."""
+    """Joint training of a full network and its core. Mix it into any `TrainingArguments` subclass, in front of it.
+
+    Each field says in its `help` what it is, with its default and legal range; those that hold options take a dict or JSON.
+    A core update minimises core_loss_weight * ((1 - w) * label loss + w * divergence), w = distill_weight.
+
+    Raises: ValueError for a value out of range, an option that there is not, and fields that contradict each other.
+
+    Source: `preset="paper"` is Mohtashami, Jaggi, Stich, AISTATS 2022, arXiv 2106.08895; `divergence` says that of teaching.
+
+    >>> @dataclass
+    ... class MyArguments(MaskedArgumentsMixin, Seq2SeqTrainingArguments): ...
+    >>> MyArguments("out", schedule="alternate", report_to="none").make_plan().schedule.core_steps
+    1
+    """
 
     core: str | None = field(
         default=None,
@@ -208,6 +221,8 @@ class MaskedArgumentsMixin:
 class MaskedTrainingArguments(MaskedArgumentsMixin, TrainingArguments):
     """`TrainingArguments` with the fields of joint training.
 
+    Raises: ValueError as `MaskedArgumentsMixin`.
+
     >>> args = MaskedTrainingArguments("out", core="low_rank", core_config='{"rank": 8}', report_to="none")
     >>> args.make_core_config().to_dict()["rank"]
     8
@@ -216,4 +231,10 @@ class MaskedTrainingArguments(MaskedArgumentsMixin, TrainingArguments):
 
 @dataclass
 class MaskedSeq2SeqTrainingArguments(MaskedArgumentsMixin, Seq2SeqTrainingArguments):
-    """`Seq2SeqTrainingArguments` with the fields of joint training."""
+    """`Seq2SeqTrainingArguments` with the fields of joint training.
+
+    Raises: ValueError as `MaskedArgumentsMixin`.
+
+    >>> MaskedSeq2SeqTrainingArguments("out", predict_with_generate=True, core="width", report_to="none").make_core_config().kind
+    'width'
+    """

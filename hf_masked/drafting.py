@@ -37,6 +37,13 @@ def draft_view(model: PreTrainedModel, name: str | None = None, rung: Rung | Non
     Cost: no memory for weights; a cache of keys and values for the core while it generates.
 
     Source: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", ICML 2023.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from hf_masked import DepthCoreConfig, add_core
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32)).eval()
+    >>> draft = draft_view(add_core(model, DepthCoreConfig()))
+    >>> len(draft.transformer.h), draft.transformer is get_core(model).model.transformer
+    (1, True)
     """
     full: Any = unwrap(model)
     core = get_core(full, name)
@@ -94,6 +101,8 @@ def measure_acceptance(
         generate: what `model.generate` takes, one sequence: input_ids, max_new_tokens, ...
 
     Returns: the token ids as `generate` gives them, and the counts.
+
+    Raises: ValueError as `draft_view`, and `generate`'s for more than one sequence.
 
     Cost: one `generate`.
 

@@ -47,6 +47,13 @@ def extract_core(
     Raises: ValueError without a core, for another format, or for a rung that the core does not hold.
 
     Cost: memory of the result.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from hf_masked import DepthCoreConfig, add_core
+    >>> model = add_core(GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32)), DepthCoreConfig())
+    >>> core = extract_core(model)
+    >>> core.config.n_layer, core is get_core(model).model
+    (1, False)
     """
     core = get_core(model, name)
     full: Any = unwrap(model)
@@ -63,6 +70,13 @@ def merge_full(model: PreTrainedModel) -> PreTrainedModel:
     Raises: ValueError without a core; RuntimeError inside `core_mode`.
 
     Cost: memory of the result. Of a sharded model, to be called on every process.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from hf_masked import LowRankCoreConfig, add_core
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32))
+    >>> merged = merge_full(add_core(model, LowRankCoreConfig(coupling="shared")))
+    >>> type(model.transformer.h[0].mlp.c_fc).__name__, type(merged.transformer.h[0].mlp.c_fc).__name__
+    ('MergedLinear', 'Conv1D')
     """
     full: Any = unwrap(model)
     core: Core = get_core(full, next(iter(get_cores(full)), None))
@@ -114,6 +128,14 @@ def export(
 
     Cost: disk space of the old export while the new one is written; memory of one core at a time, and with coupling
         "shared" of the merged model.
+
+    >>> from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+    >>> from hf_masked import DepthCoreConfig, add_core
+    >>> model = add_core(GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32)), DepthCoreConfig())
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     export(model, out)
+    ...     AutoModelForCausalLM.from_pretrained(out, subfolder="core").config.n_layer
+    1
     """
     full: Any = unwrap(model)
     refuse_inside_core_mode(full, "export")

@@ -74,6 +74,17 @@ def core_summary(model: PreTrainedModel) -> CoreSummary:
     """Parameters, bytes and operations per token of a model and of its core, or of all its cores: a table.
 
     Raises: ValueError without a core; RuntimeError inside `core_mode`.
+
+    Cost: none; nothing is run.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from hf_masked import DepthCoreConfig, add_core
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=8, vocab_size=32))
+    >>> core_summary(add_core(model, DepthCoreConfig()))
+                   parameters            bytes  linear FLOPs/token
+    full                7,232           28,928              13,312
+    core                3,952           15,808               7,168
+    core/full           54.6%            54.6%               53.8%
     """
     refuse_inside_core_mode(model, "core_summary")
     names: list[str | None] = [*get_cores(model)] or [None]

@@ -19,7 +19,7 @@ from .audit import Audit
 from .core_run import CoreRun, make_runs
 from .cores import Core, add_core, get_core, get_cores, has_core
 from .cores.attached import detach_cores, refuse_changed
-from .cores.modules import unwrap
+from .cores.modules import mirror_checkpointing, unwrap
 from .diagnostics import Coverage
 from .diagnostics_report import DiagnosticsReport
 from .distillation import YieldingWeight
@@ -57,13 +57,32 @@ from .types import Network, StepInfo
 class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, JointSavingMixin):
     """Joint training of a full network and its core, for any `Trainer`: `class Mine(MaskedTrainerMixin, SFTTrainer)`.
 
+    Update step t trains the networks that `plan.schedule` names, each by x <- x - lr p (.) g(x + dx) with the dx and p of its
+    `Phase`. Without a core, a method and a plan it is Trainer, bit for bit; under `ride_along` the full network, its
+    optimizer, and every number logged about it are Trainer's, bit for bit.
+
     Args:
+        model, args: with a core (`add_core`, or one that args ask for), args has the fields of `MaskedArgumentsMixin`.
         plan: a Plan in place of the one that the arguments' `schedule` and its companions describe.
+        Everything else is Trainer's.
 
-    Everything else is Trainer's. Without a core and without a plan it is Trainer, bit for bit; under `ride_along` the
-    full network, its optimizer, and every number logged about it are Trainer's, bit for bit.
+    Raises, at construction: ValueError for what cannot be trained jointly, or would be ignored; TypeError for a core and
+        arguments without those fields, and for Trainer in front of this class; NotADirectoryError, PermissionError or
+        FileExistsError for an output_dir that `export` could not write to.
 
-    Raises: ValueError, at construction, for what cannot be trained jointly.
+    Cost: the core's parameters and training state, its own updates, `distill_buffer` batches with their largest logits in main
+        memory; of a method, what its card says.
+
+    Source: Mohtashami, Jaggi, Stich, AISTATS 2022, arXiv 2106.08895; `ride_along` and what it teaches are this package's.
+
+    >>> import tempfile
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from hf_masked import MaskedTrainingArguments
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32))
+    >>> args = MaskedTrainingArguments(tempfile.mkdtemp(), core="depth", max_steps=8, use_cpu=True, report_to="none")
+    >>> trainer = MaskedTrainer(model, args, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 8)
+    >>> trainer.core_model.config.n_layer, trainer.plan.count("core", until=8, max_steps=8, seed=0) > 0
+    (1, True)
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -246,7 +265,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         core = get_core(self.model, run.name)
         core.sync(self.model)
         for network in core.networks:
-            _mirror_checkpointing(self.model, network)
+            mirror_checkpointing(self.model, network)
         run.wrapped, run.reduced = self._wrap_core(core.model), {}
         if self._one_state():
             run.optimizer = self.optimizer
@@ -277,21 +296,10 @@ def _switches_on(model: Any, args: Any, plan: Plan | None) -> bool:
     return asked or (args is not None and (plan is not None or (isinstance(model, nn.Module) and has_core(model))))
 
 
-def _mirror_checkpointing(full: nn.Module, core: nn.Module) -> None:
-    """Let the core recompute activations wherever the full network does."""
-    mine = dict(core.named_modules())
-    for path, module in full.named_modules():
-        for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-            if path in mine and name in vars(module):
-                setattr(mine[path], name, vars(module)[name])
-    if getattr(full, "_require_grads_hooks", None):
-        # reentrant checkpointing drops the gradient of a block whose input needs none, as above a frozen embedding
-        core.enable_input_require_grads()  # type: ignore[operator]
-
-
 class MaskedTrainer(MaskedTrainerMixin, Trainer):
-    """`Trainer` that trains a model and its core together; see `MaskedTrainerMixin`."""
+    """`Trainer` that trains a model and its core together: arguments, errors and cost are those of `MaskedTrainerMixin`."""
 
 
 class MaskedSeq2SeqTrainer(MaskedTrainerMixin, Seq2SeqTrainer):
-    """`Seq2SeqTrainer` that trains a model and its core together; see `MaskedTrainerMixin`."""
+    """`Seq2SeqTrainer` that trains a model and its core together: arguments, errors and cost are those of
+    `MaskedTrainerMixin`; the core is evaluated by generating, too, where the full network is."""

@@ -152,6 +152,9 @@ class Schedule(Protocol):
 class Phase:
     """How an update of one network is made: its three slots, and for the core, how it learns from the full one.
 
+    x <- step of the optimizer on  grad_mask (.) g(x + perturbation), where update_mask is 1; x as it was where that is 0.
+    Loss of a core update: loss_weight * ((1 - w) * label loss + w * T^2 * divergence from the full network's logits / T).
+
     Args:
         network: "full", "core", or "sum" (the gradients of both losses in one update).
         perturbation, grad_mask, update_mask: the slots; None means dx = 0, p = 1.
@@ -162,6 +165,16 @@ class Phase:
         loss_weight: factor of the core's loss, > 0.
         distill_weight: w in [0, 1] of  (1 - w) label loss + w divergence from the full network's logits.
         distill_temperature: T > 0 of that divergence.
+
+    Raises: ValueError for a value out of range.
+
+    Cost: none of an empty slot; of a perturbation one copy of what it displaces (and of a `GradientPerturbation` another forward
+        and backward); else what the rule in the slot says.
+
+    >>> def first_half(info, gradients):
+    ...     return {name: info.step < info.max_steps / 2 for name in gradients}
+    >>> Phase("full", update_mask=first_half).has_slots, Phase("core", distill_weight=0.5).has_slots
+    (True, False)
     """
 
     network: Network

@@ -145,6 +145,14 @@ def split(
         RuntimeError inside `core_mode`.
 
     Cost: what the kind of core says; for low rank, one SVD per target.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32))
+    >>> model = add_core(model, DepthCoreConfig(keep=[1]))
+    >>> _ = nn.init.ones_(model.transformer.h[1].ln_1.bias)  # the full network goes on; its core follows at a split
+    >>> new, core = split(model), get_core(model).model
+    >>> core.transformer.h[0].ln_1.bias.unique().tolist(), len(new) == len(list(core.parameters()))
+    ([1.0], True)
     """
     core = get_core(model, name)
     refuse_inside_core_mode(model, "split")

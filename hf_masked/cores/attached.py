@@ -22,12 +22,24 @@ _TAKEN = (
 
 
 def get_cores(model: nn.Module) -> dict[str, Any]:
-    """Name -> core of a model, in the order in which they were added; empty for a model without one."""
+    """Name -> core of a model, in the order in which they were added; empty for a model without one.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from hf_masked import DepthCoreConfig, LowRankCoreConfig, add_core
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32))
+    >>> model = add_core(add_core(model, LowRankCoreConfig(), name="small"), DepthCoreConfig(), name="shallow")
+    >>> [*get_cores(model)]
+    ['small', 'shallow']
+    """
     return {value.name: value for value in vars(unwrap(model)).values() if isinstance(value, Core)}
 
 
 def has_core(model: nn.Module) -> bool:
-    """Whether `add_core` was called on the model."""
+    """Whether `add_core` was called on the model.
+
+    >>> has_core(nn.Linear(2, 2))
+    False
+    """
     return bool(get_cores(model))
 
 
@@ -37,6 +49,14 @@ def get_core(model: nn.Module, name: str | None = None) -> Any:
     Args: `name` of one of several; None for the only one.
 
     Raises: ValueError where the model has none, none of that name, or several and none is named.
+
+    Cost: none; the core is looked up.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from hf_masked import DepthCoreConfig, add_core
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32))
+    >>> get_core(add_core(model, DepthCoreConfig())).model.config.n_layer
+    1
     """
     cores = get_cores(model)
     if not cores:
@@ -182,6 +202,15 @@ def core_mode(model: PreTrainedModel, rung: Rung | None = None, name: str | None
         inside another core.
 
     Cost: none per layer; the model's tables of children are exchanged.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from hf_masked import DepthCoreConfig, add_core
+    >>> model = add_core(GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32)), DepthCoreConfig())
+    >>> with core_mode(model):
+    ...     len(model.transformer.h), model.config.n_layer
+    (1, 1)
+    >>> len(model.transformer.h)
+    2
     """
     full = unwrap(model)
     core = get_core(full, name)

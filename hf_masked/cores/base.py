@@ -46,6 +46,13 @@ class CoreConfig:
         split_every: the same every so many update steps.
 
     Raises: ValueError for a value out of range.
+
+    Cost: "free": memory and training state of what the core has for itself; each split what the kind says; "shared": none
+        beyond what the kind says.
+
+    >>> from hf_masked import LowRankCoreConfig
+    >>> LowRankCoreConfig.from_json('{"rank": 8, "split_at": [0.5, 0.75]}').split_at
+    [0.5, 0.75]
     """
 
     kind: ClassVar[str]
@@ -105,6 +112,15 @@ class Core:
         config: how it was made.
         frozen: (full parameter, core parameter) pairs where the core reads the full network's values and core steps
             leave them alone; both tensors use one storage.
+
+    Raises: NotImplementedError from what a kind has to say and does not; ValueError from `at_rung`.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from hf_masked import DepthCoreConfig, add_core, get_core
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32))
+    >>> core = get_core(add_core(model, DepthCoreConfig(keep=[1])))
+    >>> core.name, type(core.model).__name__, core.model.config.n_layer, core.fingerprint()["coupling"]
+    ('core', 'GPT2LMHeadModel', 1, 'free')
     """
 
     name: str = DEFAULT_NAME  # among the cores of its model

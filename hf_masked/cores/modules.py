@@ -136,3 +136,15 @@ def copy_common_values(full: nn.Module, core: nn.Module) -> None:
         for name, buffer in full.named_buffers():
             if name in buffers:
                 buffers[name].copy_(buffer)
+
+
+def mirror_checkpointing(full: nn.Module, core: nn.Module) -> None:
+    """Let the core recompute activations wherever the full network does."""
+    mine = dict(core.named_modules())
+    for path, module in full.named_modules():
+        for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            if path in mine and name in vars(module):
+                setattr(mine[path], name, vars(module)[name])
+    if getattr(full, "_require_grads_hooks", None):
+        # reentrant checkpointing drops the gradient of a block whose input needs none, as above a frozen embedding
+        core.enable_input_require_grads()  # type: ignore[operator]

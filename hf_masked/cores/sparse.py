@@ -29,6 +29,17 @@ class ParametrizedCore(Core):
         config: how the core is made. With coupling "shared" W is the full network's own, else a copy.
         targets: module paths of the linear layers.
         make: f, a module from W to a tensor of W's shape, one for each target.
+
+    Raises: AttributeError for a path that the model does not have.
+
+    Cost: f in every forward pass of a target, and with coupling "free" a copy of the full network's parameters.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32))
+    >>> core = ParametrizedCore(model, SparseCoreConfig(), ["transformer.h.0.mlp.c_fc"], nn.Sigmoid)
+    >>> weight = model.transformer.h[0].mlp.c_fc.weight
+    >>> torch.equal(core.extract("dense").transformer.h[0].mlp.c_fc.weight, weight.sigmoid())
+    True
     """
 
     def __init__(
