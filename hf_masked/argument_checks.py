@@ -8,7 +8,6 @@ from .cores import CORE_KINDS
 from .schedules import Sum, make_schedule
 
 _CHOICES = {
-    "core": (*CORE_KINDS, "none"),
     "moments": ("per_phase", "shared"),
     "lr_curve": ("per_phase", "shared"),
     "preset": ("ride_along", "paper"),
@@ -59,7 +58,8 @@ def refuse_values(args: Any) -> None:
 
     Raises: ValueError.
     """
-    for name, legal in _CHOICES.items():
+    # kinds of one's own may have joined
+    for name, legal in {"core": (*CORE_KINDS, "none"), **_CHOICES}.items():
         value = getattr(args, name)
         if value not in legal and not (value is None and name in ("core", "moments")):
             raise ValueError(f"got {name}={value!r}; needs one of {legal}; set --{name}")

@@ -60,7 +60,7 @@ def extract_core(
     if core.active_thread is None:
         core.sync(full)
     with core.at_rung(rung):
-        extracted: PreTrainedModel = core.extract(_checked_format(core, core_format))
+        extracted: PreTrainedModel = core.extracted(_checked_format(core, core_format))
     return extracted.train(full.training)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from transformers import (
 )
 
 from hf_masked import (
+    Core,
+    CoreConfig,
     DepthCoreConfig,
     LowRankCoreConfig,
     SparseCoreConfig,
@@ -224,3 +228,53 @@ def test_kinds_by_name(tmp_path: Path) -> None:
     assert {"low_rank", "lora", "depth", "width", "sparse"} <= set(CORE_KINDS)
     args = arguments(tmp_path, core="depth", core_config='{"keep": [1]}')
     assert args.make_core_config() == DepthCoreConfig(keep=[1])
+
+
+class Copied(Core):
+    """The three answers that a core owes, as somebody who knows no more would give them."""
+
+    def split(self, full: torch.nn.Module) -> list[torch.nn.Parameter]:
+        self.model.load_state_dict(full.state_dict())
+        return list(self.model.parameters())
+
+    def extract(self, core_format: str) -> Any:
+        return copy.deepcopy(self.model)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass
+class CopiedConfig(CoreConfig):
+    kind: ClassVar[str] = "copied"
+
+    def build(self, model: Any) -> Core:
+        return Copied(copy.deepcopy(model), self)
+
+
+def test_a_core_that_owes_an_answer_is_refused_when_it_is_made() -> None:
+    class Half(Copied):
+        fingerprint = Core.fingerprint
+
+    model = architecture("llama").build()
+    with pytest.raises(TypeError, match="fingerprint"):
+        Half(copy.deepcopy(model), CopiedConfig())
+
+
+def test_a_kind_of_one_s_own_is_trained_by_its_name_saved_and_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="core='copied'; needs one of"):
+        arguments(tmp_path, core="copied")
+    monkeypatch.setitem(CORE_KINDS, "copied", CopiedConfig)
+    row = architecture("llama")
+    for options in ({"core": "copied"}, {"cores": {"one": {"kind": "copied"}, "two": {"kind": "depth"}}}):
+        trainer = train(tmp_path, row, row.build(), max_steps=4, save_strategy="no", **options)
+        trainer.save_model(str(tmp_path / "out"))
+        name = "core" if "core" in options else "one"
+        expected = logits(row, get_core(trainer.model, name).model)
+        get_core(trainer.model, name).model.save_pretrained(tmp_path / "again")
+        extract_core(trainer.model, name=name).save_pretrained(tmp_path / "extracted")
+        for folder in ("again", "extracted", f"out/{name}"):
+            assert torch.equal(logits(row, row.auto.from_pretrained(tmp_path / folder)), expected)
+        assert distance(expected, logits(row, trainer.model)) > 1e-4

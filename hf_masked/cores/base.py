@@ -8,6 +8,7 @@ distributed wrapper, or a stock `Trainer` of the full model see the full model a
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -104,7 +105,7 @@ class CoreConfig:
         return cls.from_dict(json_object(text, "core_config", '{"split_every": 100}'))
 
 
-class Core:
+class Core(ABC):
     """The core of a model: what a kind of core has to answer. `split`, `extract` and `fingerprint` have no default.
 
     Args:
@@ -138,20 +139,20 @@ class Core:
 
     # ---- what each kind says ----
 
+    @abstractmethod
     def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
         """Make the core the best part of the full network as it is now; the full network keeps its function.
 
         Returns: the trainable parameters that were set anew, so whose optimizer state is void.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def extract(self, core_format: str) -> PreTrainedModel:
         """The core as a model of its own, independent of the full one, in one of `formats`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint must agree on for its tensors to fit, as JSON values: ranks, kept layers, ..."""
-        raise NotImplementedError
 
     # ---- what has a default ----
 
@@ -169,14 +170,21 @@ class Core:
         """The full network as a plain model of the unchanged class, independent of the core."""
         return plain_copy(full, {id(v): None for v in vars(full).values() if isinstance(v, Core)})
 
+    def extracted(self, core_format: str) -> PreTrainedModel:
+        """What `extract` makes, saved by its class even where it is a `copy.deepcopy` of the core network, which is saved by this."""
+        made = self.extract(core_format)
+        if isinstance(getattr(vars(made).get("save_pretrained"), "__self__", None), Core):
+            del made.save_pretrained
+        return made
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the core so that it loads, in the first of `formats`: what `model.save_pretrained` does, whose own tensors under
         the class's names would load as something else."""
-        self.extract(self.formats[0]).save_pretrained(*args, **kwargs)
+        self.extracted(self.formats[0]).save_pretrained(*args, **kwargs)
 
     def write(self, folder: str | Path, core_format: str, max_shard_size: int | str = "50GB") -> None:
         """Save the core so that it loads from `folder`."""
-        self.extract(core_format).save_pretrained(folder, max_shard_size=max_shard_size)
+        self.extracted(core_format).save_pretrained(folder, max_shard_size=max_shard_size)
 
     def loading_lines(self, class_name: str, where: str) -> list[str]:
         """The lines of Python with which a model card shows how to load the core."""
@@ -205,7 +213,7 @@ class Core:
         """The tensors that the extracted core has as parameters, for counting."""
         return self.model.parameters()
 
-    def beside(self, others: Iterable["Core"]) -> None:
+    def beside(self, others: Iterable["Core"]) -> None:  # noqa: B027 (most kinds hold none)
         """Hold frozen tensors that another core of the model holds too, bit for bit, once for both."""
 
     def update_mask(self) -> Mask | None:
