@@ -49,7 +49,13 @@ def to_semi_structured(model: PreTrainedModel) -> PreTrainedModel:
             )
     for layer in layers.values():
         layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
+        layer.register_forward_pre_hook(_contiguous)
     return model
+
+
+def _contiguous(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Outputs of these layers are transposed in memory, and torch flattens only contiguous rows of batches for them."""
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def is_two_of_four(weight: torch.Tensor) -> bool:

@@ -134,7 +134,7 @@ def test_draws_of_a_gpu_depend_on_seed_step_and_name_alone() -> None:
 
 @pytest.mark.parametrize("name, graphs", [("ride_along", 2), ("alternate", 2), ("sam", 1), ("badam", 1)])
 def test_inductor_gives_what_eager_gives(name: str, graphs: int, tmp_path: Path) -> None:
-    """One graph per network, none compiled again; equal to rounding."""
+    """One graph per network, none compiled again; as near to float64 as eager is, which an SVD of small gaps keeps from being near."""
     torch._dynamo.reset()
     counters.clear()
     options = RUNS[name][0] | ON_GPU | {"optim": "sgd", "learning_rate": 0.05}
@@ -142,6 +142,8 @@ def test_inductor_gives_what_eager_gives(name: str, graphs: int, tmp_path: Path)
         networks(fit(tmp_path, tiny("llama"), **options, **backend)) for backend in ({}, {"torch_compile": True})
     )
     assert counters["stats"]["unique_graphs"] == graphs and not counters["recompiles"]
-    assert furthest(eager, compiled) < 1e-5
-    slower = networks(fit(tmp_path, tiny("llama"), **options | {"learning_rate": 0.049}))
-    assert furthest(eager, slower) > 1e-4, "too little was trained to tell"
+    exact = networks(fit(tmp_path, tiny("llama").double(), **options))
+    rounding = max(furthest(eager, exact), 1e-6)
+    assert furthest(compiled, exact) < 5 * rounding
+    slower = networks(fit(tmp_path, tiny("llama"), **options | {"learning_rate": 0.045}))
+    assert furthest(slower, exact) > 10 * rounding, "too little was trained to tell"
