@@ -235,6 +235,7 @@ class MaskedSeq2SeqTrainingArguments(MaskedArgumentsMixin, Seq2SeqTrainingArgume
 
     Raises: ValueError as `MaskedArgumentsMixin`.
 
-    >>> MaskedSeq2SeqTrainingArguments("out", predict_with_generate=True, core="width", report_to="none").make_core_config().kind
+    >>> args = MaskedSeq2SeqTrainingArguments("out", predict_with_generate=True, core="width", report_to="none")
+    >>> args.make_core_config().kind
     'width'
     """

@@ -5,7 +5,7 @@ With g the batch's gradient at x, g+ the update's own (at x + dx, masked by p):
     captured_energy        |p g|^2 / |g|^2
     drift_ratio            |g+ - p g| / |p g|       below 1 the update still descends on this batch's loss
     gradient_alignment     cos(g+, g)
-    relative_perturbation  |dx| / |x|               dx of the perturbation; what a `backward` leaves out counts in the drift alone
+    relative_perturbation  |dx| / |x|               what a `backward` leaves out is no dx; it counts in the drift
     coverage_age_max/mean  update steps since each block was last trained
 
 They bound the decrease of an L-smooth loss where dx and p are fixed before the batch is drawn. Masks that depend on the

@@ -110,7 +110,8 @@ def measure_acceptance(
     >>> from hf_masked import DepthCoreConfig, add_core
     >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     >>> model = add_core(LlamaForCausalLM(LlamaConfig(**sizes)).eval(), DepthCoreConfig(keep=[0]))
-    >>> ids, acceptance = measure_acceptance(model, input_ids=torch.tensor([[1, 2]]), max_new_tokens=8, min_new_tokens=8)
+    >>> ids = torch.tensor([[1, 2]])
+    >>> ids, acceptance = measure_acceptance(model, input_ids=ids, max_new_tokens=8, min_new_tokens=8)
     >>> ids.shape[1], acceptance.new_tokens, 0 <= acceptance.rate <= 1
     (10, 8, True)
     """

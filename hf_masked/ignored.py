@@ -9,6 +9,7 @@ from .cores import Core, has_core
 from .plan import Plan
 from .schedules import FullOnly
 from .typed import without_common
+from .types import StepInfo
 
 # what says how a core is trained, or what a plan says
 _OF_A_CORE = ("preset", "schedule", "moments")
@@ -63,6 +64,21 @@ def refuse_core_options(model: nn.Module, args: Any) -> None:
         raise ValueError(
             f"got {said} and no core; needs one, because it says how a core is trained; set --core, call add_core(model, ...) first, "
             "or set --core none for plain training"
+        )
+
+
+def refuse_core_phases(plan: Plan, max_steps: int, seed: int) -> None:
+    """Refuse a plan that trains a core, or has rules for it, for a model without one.
+
+    Raises: ValueError.
+    """
+    steps = (StepInfo(t, max_steps, seed) for t in range(max_steps))
+    full_only = isinstance(plan.schedule, FullOnly)  # of every run with nothing switched on
+    trains_core = not full_only and any(plan.schedule(info) != ("full",) for info in steps)
+    if trains_core or plan.core.has_slots:
+        raise ValueError(
+            "got a plan= that trains a core for a model without one, or a method with apply_to core; needs a core; call "
+            "add_core(model, LowRankCoreConfig(...)) first, or set --core low_rank"
         )
 
 

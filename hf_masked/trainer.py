@@ -25,7 +25,7 @@ from .diagnostics_report import DiagnosticsReport
 from .distillation import YieldingWeight
 from .distributed import DistributedMixin
 from .export import check_free, check_writable
-from .ignored import refuse_beside_plan, refuse_core_options, refuse_other_cores
+from .ignored import refuse_beside_plan, refuse_core_options, refuse_core_phases, refuse_other_cores
 from .loss_scale import own_scaler
 from .masked_optimizer import MaskedSteps
 from .meters import JointProgressCallback, LossMeter
@@ -51,7 +51,7 @@ from .riding import RidingMixin
 from .saving import JointSavingMixin
 from .schedules import FullOnly, Sum
 from .second_pass import SkippedSteps, refuse_phases
-from .types import Network, StepInfo
+from .types import Network
 
 
 class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, JointSavingMixin):
@@ -148,7 +148,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
             watched = getattr(args, "diagnostics_steps", 0) or getattr(args, "audit", False)
             self._trains_slots = plan is not None or bool(watched)
             self.plan = plan or Plan(FullOnly())
-            self._refuse_core_phases(max(1, self.args.max_steps))
+            refuse_core_phases(self.plan, max(1, args.max_steps), getattr(args, "mask_seed", 0))
             if watched:
                 refuse_unsupported(self, "--audit or --diagnostics_steps")
             if self.plan.full.has_slots:
@@ -185,16 +185,6 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
     def _add_cores(self, model: Any) -> None:
         for name, config in self.args.make_core_configs().items():
             add_core(model, config, name=name)
-
-    def _refuse_core_phases(self, max_steps: int) -> None:
-        steps = (StepInfo(t, max_steps, getattr(self.args, "mask_seed", 0)) for t in range(max_steps))
-        full_only = isinstance(self.plan.schedule, FullOnly)  # of every run with nothing switched on
-        trains_core = not full_only and any(self.plan.schedule(info) != ("full",) for info in steps)
-        if trains_core or self.plan.core.has_slots:
-            raise ValueError(
-                "got a plan= that trains a core for a model without one, or a method with apply_to core; needs a core; call "
-                "add_core(model, LowRankCoreConfig(...)) first, or set --core low_rank"
-            )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model: Any = super().call_model_init(trial)
@@ -242,7 +232,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         if not self._joint:
-            self._refuse_core_phases(num_training_steps)
+            refuse_core_phases(self.plan, num_training_steps, getattr(self.args, "mask_seed", 0))
             self._mask_steps_of(self.optimizer)
             return super().create_scheduler(num_training_steps, *args, **kwargs)
         for run in self._cores:

@@ -81,8 +81,8 @@ class DepthCoreConfig(CoreConfig):
                 lists = all(isinstance(one, list) for one in value)
                 alike = lists or not any(isinstance(one, list) for one in value)
                 nested = alike and all(set(a) < set(b) if lists else a < b for a, b in pairwise(value))
-                require(nested, name, value, "increasing fractions, or lists each of whose blocks are some of the next's",
-                        "every rung is part of the next")  # fmt: skip
+                rule = "increasing fractions, or lists each of whose blocks are some of the next's"
+                require(nested, name, value, rule, "every rung is part of the next")
         check_sampling(self.rung_sampling)
         self._values()
 

@@ -61,8 +61,8 @@ def rung_values(options: Mapping[str, tuple[Any, bool]]) -> list[dict[str, Any]]
         return []
     first, *others = lists
     for other in others:
-        require(len(lists[other]) == len(lists[first]), other, lists[other], f"as many values as {first}={lists[first]}",
-                "each rung takes one of either")  # fmt: skip
+        rule = f"as many values as {first}={lists[first]}"
+        require(len(lists[other]) == len(lists[first]), other, lists[other], rule, "each rung takes one of either")
     rungs = range(len(lists[first]))
     return [{name: value[i] if many else value for name, (value, many) in options.items()} for i in rungs]
 

@@ -66,11 +66,11 @@ class WidthCoreConfig(CoreConfig):
                 require(legal, name, one, "a fraction in (0.0, 1.0], or an integer >= 1", "it says how many are kept")
             if isinstance(value, list):
                 alike = len({type(one) for one in value}) == 1 and value == sorted(value)
-                require(alike, name, value, "increasing integers, or increasing fractions", "every rung is part of the next, "
-                        "and numbers and fractions have no order that holds for all layers")  # fmt: skip
+                require(alike, name, value, "increasing integers, or increasing fractions", "every rung is part of "
+                        "the next, and numbers and fractions have no order that holds for all layers")  # fmt: skip
         check_sampling(self.rung_sampling)
-        require(all(a != b for a, b in pairwise(self._sizes())), "neurons", self.neurons, "rungs of different sizes, by heads too",
-                "each is a core of its own")  # fmt: skip
+        require(all(a != b for a, b in pairwise(self._sizes())), "neurons", self.neurons,
+                "rungs of different sizes, by heads too", "each is a core of its own")  # fmt: skip
         require(self.order in ("first", "magnitude"), "order", self.order, "'first' or 'magnitude'",
                 "it says which are kept")  # fmt: skip
 
@@ -87,8 +87,8 @@ class WidthCoreConfig(CoreConfig):
     def build(self, model: PreTrainedModel) -> Core:
         *smaller, last = [*self.rungs.items()] or [("", self)]
         for (name, rung), (other, larger) in pairwise([*smaller, last]):
-            require(sizes(model, rung) != sizes(model, larger), "neurons", self.neurons, "rungs of different sizes, by heads too",
-                    f"{name} and {other} are one network")  # fmt: skip
+            require(sizes(model, rung) != sizes(model, larger), "neurons", self.neurons,
+                    "rungs of different sizes, by heads too", f"{name} and {other} are one network")  # fmt: skip
         core = WidthCore(model, self, sizes(model, last[1]))
         source = model if self.coupling == "shared" else core.model
         parts = {name: replace(rung, coupling="shared", order="first") for name, rung in smaller}

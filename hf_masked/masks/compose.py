@@ -66,7 +66,8 @@ class Complement(Chain):
     """Keeps what its mask leaves out.
 
     >>> from hf_masked.masks import Fixed
-    >>> Complement(Fixed({"b": torch.tensor([True, False])}))(StepInfo(0, 1), {"a": torch.zeros(2), "b": torch.zeros(2)})
+    >>> rule = Complement(Fixed({"b": torch.tensor([True, False])}))
+    >>> rule(StepInfo(0, 1), {"a": torch.zeros(2), "b": torch.zeros(2)})
     {'a': False, 'b': tensor([False,  True])}
     """
 

@@ -111,7 +111,8 @@ class GradualPruning:
 def regrown(mask: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, share: float) -> torch.Tensor:
     """A mask of as many entries: the `share` of its own with the smallest |W| gives way to those with the largest |g|.
 
-    >>> kept, W, g = torch.tensor([True, True, False, False]), torch.tensor([3.0, 1, 0, 0]), torch.tensor([0.0, 1, 2, 5])
+    >>> kept = torch.tensor([True, True, False, False])
+    >>> W, g = torch.tensor([3.0, 1, 0, 0]), torch.tensor([0.0, 1, 2, 5])
     >>> regrown(kept, W, g, 0.5)
     tensor([ True, False, False,  True])
     """

@@ -9,7 +9,7 @@ from .base import Method, both, check, check_choice, check_count
 
 
 def parameters(trained: str | list[str] = ".*", frozen: str | list[str] = "") -> Method:
-    """Trains the parameters whose whole name matches a regular expression (or one of a list) of `trained`, none of `frozen`.
+    """Trains the parameters whose whole name matches one of the regular expressions `trained`, none of `frozen`.
 
     (dx, p) = (0, by name). Saves time and memory: frozen tensors have no gradient and no optimizer state, and backward
     stops below the lowest one trained. Example: '{"trained": ".*bias"}' is BitFit (Ben Zaken et al. 2022).
