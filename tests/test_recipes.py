@@ -20,14 +20,13 @@ sys.path.append(str(ROOT / "recipes"))
 
 from benchmarks import side_by_side  # noqa: E402
 from causal_lm import CausalArguments, pack, score  # noqa: E402
-from common import tiny  # noqa: E402
 from datasets import Dataset, DatasetDict, load_from_disk  # noqa: E402
 from kit.arguments import parse  # noqa: E402
 from kit.arms import comparison_arms, joint_arm  # noqa: E402
 from kit.cache import prepared  # noqa: E402
 from kit.compare import core_ahead, undertrained  # noqa: E402
 from kit.corpus import SourceFile, documents, new_paragraphs  # noqa: E402
-from kit.flops import StepCosts, count_flops, ladder_costs  # noqa: E402
+from kit.flops import StepCosts, count_flops  # noqa: E402
 from kit.sources import load_splits  # noqa: E402
 from kit.table import render, spread  # noqa: E402
 from kit.tokenizer import train_tokenizer  # noqa: E402
@@ -42,7 +41,7 @@ from transformers import (  # noqa: E402
 )
 from translation import TranslationArguments, tokenize, translate  # noqa: E402
 
-from hf_masked import LowRankCoreConfig, MaskedTrainingArguments, add_core  # noqa: E402
+from hf_masked import MaskedTrainingArguments  # noqa: E402
 
 TINY_LLAMA = {
     "hidden_size": 32,
@@ -302,15 +301,6 @@ def test_tokenizer_round_trip_and_packing() -> None:
     assert {len(block) for block in blocks} == {8}
     joined = tokenizer.eos_token.join(texts)
     assert joined.startswith(tokenizer.decode([token for block in blocks for token in block])[:-20])
-
-
-def test_costs_are_of_both_networks_wherever_the_full_one_went() -> None:
-    """A model that is moved takes what it shares with its core along; the core follows before it is counted."""
-    model = add_core(tiny("gpt2"), LowRankCoreConfig(rank=4))
-    batches = [{"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}]
-    costs = ladder_costs(model, batches)
-    assert ladder_costs(model.to(torch.bfloat16), batches) == costs
-    assert 0 < costs.core < costs.full
 
 
 def test_flops_equal_the_closed_form() -> None:

@@ -91,7 +91,6 @@ def ladder_costs(full: PreTrainedModel, batches: Sequence[dict[str, Any]], name:
     Args: `name` of one of several cores.
     """
     core = get_core(full, name)
-    core.sync(full)
     if not core.nested:
         return step_costs(full, core.model, batches)
     drawn = Counter(core.rung(StepInfo(0, 1, turn=turn)) for turn in range(DRAWN))
