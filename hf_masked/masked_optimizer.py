@@ -1,6 +1,6 @@
 """The step of any torch optimizer under an update mask: what is held still keeps its bits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .apply import MaskValues, Parameters
-from .masks.entries import counts_of, indices_of
+from .masks.entries import fewer_of
 from .parts import own_part
 from .transfer import moved_to
 from .types import StatePolicy
@@ -103,37 +103,37 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
         place_state(optimizer, parameters.values(), resting=set(wholly))
     with ExitStack() as around, torch.no_grad():
         moving = {p: own_part(kept.expand(p.shape)) for p, kept in partly.items() if p.grad is not None}
+        elementwise = policy != "decay" and type(optimizer) in ELEMENTWISE
         # a part cannot be a vector in its tensor's place
-        whole = [p for p in moving if own_part(p) is p and p.is_contiguous()]
-        whole = whole if policy != "decay" and type(optimizer) in ELEMENTWISE else []
-        counts = counts_of([moving[p] for p in whole])
-        few = {p for p, count in zip(whole, counts, strict=True) if count <= FEW * p.numel()}
-        found = indices_of([kept if p in few else ~kept for p, kept in moving.items()])
-        for parameter, at in zip(moving, found, strict=True):
-            step = _only if parameter in few else _held
-            around.enter_context(step(optimizer, parameter, at, policy, room))
+        whole = [elementwise and own_part(p) is p and p.is_contiguous() for p in moving]
+        masks = [kept if alone else ~kept for kept, alone in zip(moving.values(), whole, strict=True)]
+        limits = [p.numel() * (FEW if alone else 1) for p, alone in zip(moving, whole, strict=True)]
+        for parameter, alone, (few, at) in zip(moving, whole, fewer_of(masks, limits), strict=True):
+            step = _only if alone and few else _held
+            around.callback(step(optimizer, parameter, at, policy, room))
         around.enter_context(_scaled_rates(optimizer, wanted))
         yield
 
 
-@contextmanager
 def _held(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: torch.Tensor, policy: StatePolicy, room: Room
-) -> Iterator[None]:
-    """Let the optimizer step the whole tensor, then put back the entries `at`, which must not move."""
+) -> Callable[[], None]:
+    """Let the optimizer step the whole tensor; returns what then puts back the entries `at`, which must not move."""
     if policy == "decay" and parameter.grad is not None:
         _put(own_part(parameter.grad), at, 0.0)
     before = room.take(parameter, entries_of(optimizer, parameter, policy == "freeze"), at)
-    yield
-    for key, now in entries_of(optimizer, parameter, policy != "decay").items():
-        _put(now, at, before.get(key, 0.0))
+
+    def put_back() -> None:
+        for key, now in entries_of(optimizer, parameter, policy != "decay").items():
+            _put(now, at, before.get(key, 0.0))
+
+    return put_back
 
 
-@contextmanager
 def _only(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: torch.Tensor, policy: StatePolicy, room: Room
-) -> Iterator[None]:
-    """Let the optimizer step the entries `at` alone, as a vector in the tensor's place.
+) -> Callable[[], None]:
+    """Let the optimizer step the entries `at` alone, as a vector in the tensor's place; returns what then puts that back into it.
 
     State that it begins in this step is zero elsewhere.
     """
@@ -144,11 +144,14 @@ def _only(
     parameter.data = apart.pop("")
     parameter.grad = None if gradient is None else gradient.flatten().index_select(0, at)
     state.update(apart)
-    try:
-        yield
-        stepped = entries_of(optimizer, parameter, with_state=True)
-        wholes |= {key: new.new_zeros(whole.shape) for key, new in stepped.items() if key and key not in wholes}
-    finally:
+    known = set(state)
+
+    def put_back() -> None:
+        if state.keys() != known:
+            stepped = entries_of(optimizer, parameter, with_state=True)
+            wholes.update(
+                {key: new.new_zeros(whole.shape) for key, new in stepped.items() if key and key not in wholes}
+            )
         _put(whole, at, parameter.data)
         for key, value in wholes.items():
             if policy == "reset":
@@ -159,13 +162,15 @@ def _only(
         parameter.data = whole
         parameter.grad = gradient
 
+    return put_back
+
 
 def _put(tensor: torch.Tensor, at: torch.Tensor, values: torch.Tensor | float) -> None:
     """Write the entries `at`, counted through the tensor, bit by bit."""
-    flat = tensor.view(-1) if tensor.is_contiguous() else tensor.flatten()
-    flat.scatter_(0, at, values)  # type: ignore[arg-type]
-    if flat.data_ptr() != tensor.data_ptr():
-        tensor.copy_(flat.view(tensor.shape))
+    if tensor.is_contiguous():
+        tensor.view(-1).scatter_(0, at, values)  # type: ignore[arg-type]
+    else:
+        tensor.copy_(tensor.flatten().scatter_(0, at, values).view(tensor.shape))  # type: ignore[arg-type]
 
 
 def entries_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, with_state: bool) -> dict[str, torch.Tensor]:
@@ -173,13 +178,13 @@ def entries_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, with_s
 
     Raises: ValueError where some of the state is neither per entry nor one number.
     """
-    found = {"": own_part(parameter.detach())}
+    found, shape = {"": own_part(parameter.detach())}, parameter.shape
     for key, value in optimizer.state.get(parameter, {}).items() if with_state else ():
-        if not isinstance(value, torch.Tensor) or (value.numel() == 1 and value.shape != parameter.shape):
+        if not isinstance(value, torch.Tensor) or (value.shape != shape and value.numel() == 1):
             continue
-        if value.shape != parameter.shape:
+        if value.shape != shape:
             raise ValueError(
-                f"got {type(optimizer).__name__}, whose state {key!r} of a tensor {tuple(parameter.shape)} is "
+                f"got {type(optimizer).__name__}, whose state {key!r} of a tensor {tuple(shape)} is "
                 f"{tuple(value.shape)}; needs state per entry, because that of single entries cannot be held or reset "
                 'otherwise; set {"state_policy": "decay"} in --method_config, or another --optim'
             )

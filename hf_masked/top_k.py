@@ -1,11 +1,13 @@
 """The largest logits and what the others add up to, in one pass over rows that stay in a processor's cache."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 
-# entries of the logits worked on at once: 1 MiB in float32 on a processor; on an accelerator, enough to keep it busy
-_CPU_ENTRIES, _ACCELERATOR_ENTRIES = 2**18, 2**26
+# entries of the logits worked on at once: 1 MiB in float32 on a processor; on an accelerator as many as keep it busy, and what is
+# written and read again as often as its cache holds
+_CPU_ENTRIES, _SELECTED, _SHARED = 2**18, 2**28, 2**23
 
 
 def top_k_and_rest(
@@ -30,23 +32,27 @@ def top_k_and_rest(
     """
     shape, classes = logits.shape[:-1], logits.shape[-1]
     rows = logits.reshape(-1, classes)
-    if entries is None:
-        entries = _CPU_ENTRIES if rows.device.type == "cpu" else _ACCELERATOR_ENTRIES
+    selected, shared = (_SELECTED, _SHARED) if rows.device.type != "cpu" else (_CPU_ENTRIES, _CPU_ENTRIES)
+    if entries is not None:
+        selected = shared = entries
     values = torch.empty(len(rows), k, device=rows.device)
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
     rest = torch.empty(len(rows), device=rows.device)
-    scratch = torch.empty(min(len(rows), max(1, entries // classes)), classes, device=rows.device)
-    for start in range(0, len(rows), max(1, len(scratch))):
-        part = rows[start : start + len(scratch)]
-        here = slice(start, start + len(part))
-        largest, indices[here] = top_k(part, k)
-        values[here] = largest.float() / temperature
-        scaled = part if temperature == 1.0 else part / temperature
-        shares = torch.softmax(scaled, -1, dtype=torch.float32, out=scratch[: len(part)])
-        whole = values[here].amax(-1) - shares.gather(-1, indices[here]).amax(-1).log_()
-        # taken out rather than subtracted from the sum, which would cancel
-        rest[here] = shares.scatter_(-1, indices[here], 0.0).sum(-1).log_() + whole
+    scratch = torch.empty(min(len(rows), max(1, shared // classes)), classes, device=rows.device)
+    for some in _slices(0, len(rows), max(1, selected // classes)):
+        largest, indices[some] = top_k(rows[some], k)
+        values[some] = largest.float() / temperature
+        for here in _slices(some.start, some.stop, max(1, len(scratch))):
+            scaled = rows[here] if temperature == 1.0 else rows[here] / temperature
+            shares = torch.softmax(scaled, -1, dtype=torch.float32, out=scratch[: len(scaled)])
+            whole = values[here].amax(-1) - shares.gather(-1, indices[here]).amax(-1).log_()
+            # taken out rather than subtracted from the sum, which would cancel
+            rest[here] = shares.scatter_(-1, indices[here], 0.0).sum(-1).log_() + whole
     return values.reshape(*shape, k), indices.reshape(*shape, k), rest.reshape(shape)
+
+
+def _slices(start: int, stop: int, length: int) -> Iterator[slice]:
+    return (slice(at, min(at + length, stop)) for at in range(start, stop, length))
 
 
 def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from hf_masked import Phase, StepInfo
 from hf_masked.apply import hold_still, mask_update, release
 from hf_masked.draws import largest_drawn, random_entries
 from hf_masked.masks import Chain, Complement, ErrorFeedback, Fixed, RandK, TopK, block_of
-from hf_masked.masks.entries import _joint_indices, kept_count, largest
+from hf_masked.masks.entries import _each, _fewer_elsewhere, fewer_of, kept_count, largest
 from hf_masked.masks.sparse_training import erdos_renyi
 from hf_masked.methods import make_method
 from hf_masked.values import Constant, make_value
@@ -75,18 +75,24 @@ def test_global_scope_selects_over_all_tensors() -> None:
 
 
 def test_one_search_finds_what_several_do() -> None:
-    """As masks on a GPU are searched, which has to be waited for."""
-    drawn = [
-        torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3 for shape in ((7, 5), (1,), (4, 2, 3))
-    ]
-    masks = [
-        torch.zeros(3, dtype=torch.bool),
-        *drawn,
-        torch.ones(2, 2, dtype=torch.bool),
-        torch.zeros(1, dtype=torch.bool),
-    ]
-    for alone, together in zip(masks, _joint_indices(masks), strict=True):
-        assert torch.equal(alone.flatten().nonzero().flatten(), together)
+    """As masks on an accelerator are searched, which has to be waited for."""
+    shapes = ((7, 5), (1,), (4, 2, 3))
+    drawn = [torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3 for shape in shapes]
+    masks = [torch.zeros(3, dtype=torch.bool), *drawn, ~drawn[0], torch.ones(2, 2, dtype=torch.bool)]
+    limits = [kept.numel() / 2 for kept in masks]
+    several, one = fewer_of(masks, limits), _fewer_elsewhere(masks, limits)
+    assert [which for which, _ in one] == [which for which, _ in several] == [True, True, True, True, False, False]
+    for kept, (which, at), (_, alone) in zip(masks, one, several, strict=True):
+        assert torch.equal(at, alone)
+        assert torch.equal(at, (kept if which else ~kept).flatten().nonzero().flatten())
+
+
+def test_one_selection_finds_what_several_do() -> None:
+    """As tensors of one size on an accelerator are selected from, which takes longer to be told than to select."""
+    given = {str(seed): tensors(seed)["layers.0.weight"] for seed in range(3)}
+    together = dict(_each(given, list(given), 0.1, magnitude=True))
+    assert all(torch.equal(together[name], largest(given[name], 60, magnitude=True)) for name in given)
+    assert not torch.equal(together["0"], together["1"])
 
 
 def test_numbers_drawn_on_a_device_choose_as_often() -> None:

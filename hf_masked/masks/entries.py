@@ -16,8 +16,8 @@ from ..values import Value
 
 # numbers that a bound on the largest is guessed from
 _SAMPLE = 2**12
-# entries that torch searches at most at once on a GPU, whose count has 31 bits there
-_SEARCHED = 2**31 - 1
+# entries searched, or selected from, at once on an accelerator: enough to keep it busy, in 512 MiB for places
+_AT_ONCE = 2**26
 Scope = Literal["tensor", "global"]
 Tensors = Mapping[str, torch.Tensor]
 
@@ -125,39 +125,44 @@ def largest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view(scores.shape)
 
 
-def counts_of(masks: Sequence[torch.Tensor]) -> list[int]:
-    """How many entries of each mask are True: NumPy counts several times faster on a processor; others are waited for once."""
-    if _on_processor(masks):
-        return [int(np.count_nonzero(kept.numpy())) for kept in masks]
-    counts: list[int] = torch.stack([kept.count_nonzero() for kept in masks]).tolist()
-    return counts
+def fewer_of(masks: Sequence[torch.Tensor], limits: Sequence[float]) -> list[tuple[bool, torch.Tensor]]:
+    """Where each mask is True, or where it is not, if those are more than its limit: which of both, and the places.
 
+    NumPy counts and searches several times faster on a processor; elsewhere many masks are searched at once, because
+    the device has to be waited for.
 
-def indices_of(masks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Where each mask is True, counted through its entries.
+    Returns: per mask whether it is True at the places, and those, counted through its entries, in order.
 
-    NumPy's search is several times faster on a processor; elsewhere as many as possible are searched at once, because the device has
-    to be waited for.
-
-    >>> indices_of([torch.tensor([[True, False], [False, True]]), torch.tensor([True])])
-    [tensor([0, 3]), tensor([0])]
+    >>> fewer_of([torch.tensor([[True, False], [True, True]]), torch.tensor([True])], limits=[2, 1])
+    [(False, tensor([1])), (True, tensor([0]))]
     """
-    if _on_processor(masks):
-        return [torch.from_numpy(np.flatnonzero(kept.numpy())) for kept in masks]
-    return [at for some in _runs(masks) for at in _joint_indices(some)]
+    if all(kept.device.type == "cpu" for kept in masks):
+        return [_fewer_on_processor(kept.numpy(), limit) for kept, limit in zip(masks, limits, strict=True)]
+    bounds = iter(limits)
+    return [one for some in _runs(masks) for one in _fewer_elsewhere(some, [next(bounds) for _ in some])]
 
 
-def _on_processor(masks: Sequence[torch.Tensor]) -> bool:
-    return all(kept.device.type == "cpu" for kept in masks)
+def _fewer_on_processor(kept: np.ndarray, limit: float) -> tuple[bool, torch.Tensor]:
+    within = bool(np.count_nonzero(kept) <= limit)
+    return within, torch.from_numpy(np.flatnonzero(kept if within else ~kept))
+
+
+def _fewer_elsewhere(masks: Sequence[torch.Tensor], limits: Sequence[float]) -> list[tuple[bool, torch.Tensor]]:
+    found = _joint_indices(masks)
+    many = [index for index, at in enumerate(found) if len(at) > limits[index]]
+    if many:
+        for index, at in zip(many, _joint_indices([~masks[index] for index in many]), strict=True):
+            found[index] = at
+    return [(index not in many, at) for index, at in enumerate(found)]
 
 
 def _runs(masks: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Neighbours on one device, as many as one search can count through."""
+    """Neighbours on one device, as many as one search is made through."""
     run: list[torch.Tensor] = []
     entries = 0
     for kept in masks:
         entries += kept.numel()
-        if run and (kept.device != run[0].device or entries > _SEARCHED):
+        if run and (kept.device != run[0].device or entries > _AT_ONCE):
             yield run
             run, entries = [], kept.numel()
         run.append(kept)
@@ -166,7 +171,7 @@ def _runs(masks: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def _joint_indices(masks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """`indices_of` masks that lie on one device, by one search."""
+    """Where masks on one device are True, counted through the entries of each, by one search."""
     joined = torch.cat([kept.flatten() for kept in masks])
     found = joined.nonzero().flatten()
     starts = [0, *itertools.accumulate(kept.numel() for kept in masks)]
@@ -189,12 +194,44 @@ def multiply(tensor: torch.Tensor, kept: torch.Tensor) -> None:
 def largest_by_name(scores: Tensors, density: float, scope: Scope, magnitude: bool = False) -> dict[str, torch.Tensor]:
     """`largest`, with one count for every tensor, or for all together (which takes one more copy of the scores)."""
     if scope == "tensor":
-        return {name: largest(score, kept_count(density, score.numel()), magnitude) for name, score in scores.items()}
+        return {
+            name: mask for names in _of_one_size(scores) for name, mask in _each(scores, names, density, magnitude)
+        }
     if not scores:
         return {}
     joined = torch.cat([score.flatten().float() for score in scores.values()])
     parts = largest(joined, kept_count(density, joined.numel()), magnitude).split([s.numel() for s in scores.values()])
     return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+
+
+def _of_one_size(scores: Tensors) -> list[list[str]]:
+    """Names of what is selected from in one go: on an accelerator, which takes longer to be told than to select, tensors of one
+    size and dtype together."""
+    groups: dict[Any, list[list[str]]] = {}
+    for name, score in scores.items():
+        entries = score.numel()
+        alone = score.device.type == "cpu" or 2 * entries > _AT_ONCE
+        same = groups.setdefault(name if alone else (entries, score.dtype, score.device), [[]])
+        if len(same[-1]) * entries + entries > _AT_ONCE and same[-1]:
+            same.append([])
+        same[-1].append(name)
+    return [names for same in groups.values() for names in same]
+
+
+def _each(
+    scores: Tensors, names: Sequence[str], density: float, magnitude: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`largest` of each of some tensors of one size, by one selection."""
+    first = scores[names[0]]
+    count = kept_count(density, first.numel())
+    if len(names) == 1:
+        yield names[0], largest(first, count, magnitude)
+        return
+    rows = torch.stack([scores[name].flatten() for name in names])
+    at = (rows.abs_() if magnitude else rows).topk(count, dim=1, sorted=False).indices
+    masks = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, at, True)
+    for name, mask in zip(names, masks, strict=True):
+        yield name, mask.view(scores[name].shape)
 
 
 @dataclass
@@ -205,7 +242,8 @@ class TopK:
         density: share kept, in (0, 1].
         scope: "tensor": that share of every tensor; "global": of all trained parameters together.
 
-    Cost: one selection per tensor; for "global" one float32 copy of the gradients.
+    Cost: one selection per tensor, on an accelerator for tensors of one size together, of which up to 256 MiB are copied; for
+        "global" one float32 copy of the gradients.
 
     Source: Aji, Heafield, "Sparse Communication for Distributed Gradient Descent", 2017.
 

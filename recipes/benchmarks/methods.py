@@ -177,7 +177,7 @@ def peak_bytes(options: dict[str, Any] | None, setting: Setting) -> int | None:
     return peak.read()
 
 
-def meprop_ratio(clock: str, tokens: int = 1024, rounds: int = 9) -> float:
+def meprop_ratio(clock: str, tokens: int, rounds: int = 9) -> float:
     """Seconds of the backward of a linear layer of 1,024 outputs that follows 5 % of them, over the dense one's."""
     layer = torch.nn.Linear(1024, 1024, device=DEVICE)
     x, grad = (torch.randn(tokens, 1024, device=DEVICE) for _ in range(2))
@@ -259,7 +259,7 @@ def main() -> None:
         peaks = {PLAIN: peak_bytes(None, setting)}
         peaks |= {row.title: peak_bytes(row.options, setting) for row in entered}
     single = "single" in args.parts
-    meprop = meprop_ratio(args.clock) if single else None
+    meprop = meprop_ratio(args.clock, max(1024, args.tokens)) if single else None
     masked = masked_step_ratios(setting, args.clock) if single else {}
     measured = measure_times(setting, entered, args) if "times" in args.parts else None
     load = f"{before:.1f} and {os.getloadavg()[0]:.1f}"
@@ -281,7 +281,7 @@ def main() -> None:
     if single:
         by_share = ", ".join(f"{ratio:.2f} at {share:.0%}" for share, ratio in masked.items())
         paragraphs.append(
-            f"meprop, 5 % of 1,024 outputs, 1,024 tokens: {meprop:.2f} of the dense backward of a linear layer (goal <= 0.50)."
+            f"meprop, 5 % of 1,024 outputs, {max(1024, args.tokens):,} tokens: {meprop:.2f} of the dense backward of a linear layer (goal <= 0.50)."
         )
         paragraphs.append(
             "The optimizer's step alone, of single entries, over a plain foreach AdamW step (goal <= 1.50), by the share that is "
