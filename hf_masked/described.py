@@ -32,7 +32,7 @@ def described_plan(
         distill_weight=own.get("distill_weight", args.distill_weight),
         distill_temperature=args.distill_temperature,
     )
-    full, core = fill_phases(args.method or "sgd", args.method_config, Phase("full"), core)
+    full, core = fill_phases(args.method, args.method_config, Phase("full"), core)
     schedule = _own_schedule(args.schedule, name, own)
     for phase, never, which in ((full, CoreOnly, "core_only"), (core, FullOnly | Sum, "full_only or sum")):
         if phase.has_slots and isinstance(schedule, never):

@@ -21,12 +21,13 @@ import torch
 from datasets import Dataset, DatasetDict
 from kit.arguments import RecipeArguments, parse
 from kit.cache import prepared
+from kit.checks import check_joint
 from kit.corpus import corpus_key, docstring_corpus
 from kit.processes import run_main
 from kit.run import run_recipe
 from kit.sources import load_splits
 from kit.task import Metric, Scores, Task
-from kit.tokenizer import train_tokenizer
+from kit.tokenizer import fingerprint, train_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -96,20 +97,22 @@ def load_text(args: CausalArguments) -> DatasetDict:
 def prepare(args: CausalArguments) -> tuple[DatasetDict, PreTrainedTokenizerBase]:
     """The corpus as blocks of tokens, and the tokenizer; quick where an earlier run left them."""
     splits = load_text(args) if args.dataset_name else None
+    given = AutoTokenizer.from_pretrained(args.model_name_or_path) if args.model_name_or_path else None
     key = {
         "data": [f["filename"] for split in splits.values() for f in split.cache_files] if splits else corpus_key(),
+        "tokenizer": fingerprint(given) if given else None,
         **{name: getattr(args, name) for name in CACHE_KEYS},
     }
-    return prepared(lambda: tokenize(splits or load_text(args), args), key, args.cache_dir)
+    return prepared(lambda: tokenize(splits or load_text(args), args, given), key, args.cache_dir)
 
 
-def tokenize(splits: DatasetDict, args: CausalArguments) -> tuple[DatasetDict, PreTrainedTokenizerBase]:
-    """Train (or load) the tokenizer and cut every split into blocks."""
+def tokenize(
+    splits: DatasetDict, args: CausalArguments, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[DatasetDict, PreTrainedTokenizerBase]:
+    """Cut every split into blocks; where there is no tokenizer, train one."""
     if args.max_train_samples:
         splits["train"] = splits["train"].select(range(min(args.max_train_samples, len(splits["train"]))))
-    if args.model_name_or_path:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    else:
+    if tokenizer is None:
         tokenizer = train_tokenizer(splits["train"]["text"], args.vocab_size)
     blocks = DatasetDict()
     for name, rows in splits.items():
@@ -181,6 +184,7 @@ def main(argv: list[str]) -> None:
     """Run the recipe."""
     parsed: tuple[Any, ...] = parse((CausalArguments, MaskedTrainingArguments), argv, __doc__ or "", core="low_rank")
     args, training_args = parsed
+    check_joint(args, training_args)
     splits, tokenizer = prepare(args)
     report = splits.get("test", splits["validation"])
     run_recipe(

@@ -18,11 +18,13 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from kit.arguments import RecipeArguments, parse
 from kit.cache import prepared
-from kit.methods import CLOCKS, run_methods
+from kit.checks import check_joint, check_methods, refuse_unread
+from kit.methods import CLOCKS, run_alone, run_methods
 from kit.processes import run_main
 from kit.run import run_recipe
 from kit.sources import load_splits
 from kit.task import Metric, Scores, Task
+from kit.tokenizer import fingerprint
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -50,6 +52,8 @@ GLUE_COLUMNS = {
     "sst2": ("sentence", None),
     "wnli": ("sentence1", "sentence2"),
 }
+# the label of rows whose class is kept back, as in GLUE's test splits
+HIDDEN = -1
 CACHE_KEYS = ("text_column", "text_pair_column", "label_column", "max_length", "max_train_samples", "max_eval_samples")
 
 
@@ -75,7 +79,10 @@ class ClassificationArguments(RecipeArguments):
     )
     methods: list[str] | None = field(
         default=None,
-        metadata={"help": "Without a core: fine-tune once with each of these methods. Default: --method alone."},
+        metadata={
+            "help": "Without a core: fine-tune plainly and once with each of these methods, and report their cost over plain "
+            "training. Default: fine-tune once, with --method or plainly."
+        },
     )
     method_configs: str | None = field(
         default=None, metadata={"help": 'JSON of options by method name, e.g. \'{"sam": {"rho": 0.1}}\'.'}
@@ -128,32 +135,47 @@ def prepare(args: ClassificationArguments) -> tuple[DatasetDict, PreTrainedToken
     """The texts as tokens with their classes, and the tokenizer; quick where an earlier run left them."""
     columns = [c for c in (args.text_column, args.text_pair_column) if c]
     splits = load_splits(str(args.dataset_name), args.dataset_config_name, columns)
-    if args.label_column not in splits["train"].column_names:
-        raise ValueError(
-            f"got columns {splits['train'].column_names} in {args.dataset_name!r}; needs {args.label_column!r}, because the "
-            "class is read there; set --label_column"
-        )
+    for split, rows in splits.items():
+        if args.label_column not in rows.column_names:
+            raise ValueError(
+                f"got columns {rows.column_names} in the {split} split of {args.dataset_name!r}; needs {args.label_column!r}, "
+                "because the class is read there; set --label_column"
+            )
+    if "test" in splits and set(splits["test"][args.label_column]) == {HIDDEN}:
+        del splits["test"]
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     key = {
         "data": [file["filename"] for split in splits.values() for file in split.cache_files],
-        "model": args.model_name_or_path,
+        "tokenizer": fingerprint(tokenizer),
         **{name: getattr(args, name) for name in CACHE_KEYS},
     }
-    return prepared(lambda: tokenize(splits, args), key, args.cache_dir)
+    return prepared(lambda: (tokenize(splits, args, tokenizer), tokenizer), key, args.cache_dir)
 
 
-def tokenize(splits: DatasetDict, args: ClassificationArguments) -> tuple[DatasetDict, PreTrainedTokenizerBase]:
+def tokenize(splits: DatasetDict, args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
     """Encode every text; classes are numbered in the order of their names."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     for name, rows in splits.items():
         limit = args.max_train_samples if name == "train" else args.max_eval_samples
         splits[name] = rows.shuffle(seed=0).select(range(min(limit or len(rows), len(rows))))
     kind = splits["train"].features[args.label_column]
-    names = kind.names if isinstance(kind, ClassLabel) else sorted(set(splits["train"][args.label_column]), key=str)
+    seen = {name: set(rows[args.label_column]) for name, rows in splits.items()}
+    names = kind.names if isinstance(kind, ClassLabel) else sorted(seen["train"], key=str)
+    number = {label: index for index, label in enumerate(range(len(names)) if isinstance(kind, ClassLabel) else names)}
+    for name, labels in seen.items():
+        if wrong := [label for label in labels if label is None or (isinstance(label, float) and label % 1)]:
+            raise ValueError(
+                f"got the label {wrong[0]} in the {name} split; needs a class in every row, a number or a name, because there is a "
+                "score for each; set --label_column"
+            )
+        if unknown := sorted(labels - set(number), key=str):
+            raise ValueError(
+                f"got the classes {unknown} in the {name} split; needs some of {list(number)}, because the others were not seen in "
+                "training; set --max_train_samples higher, or leave those rows out"
+            )
     if len(names) < 2:
         raise ValueError(
             f"got the classes {names}; needs at least two; set --label_column, or more --max_train_samples"
         )
-    number = {label: index for index, label in enumerate(range(len(names)) if isinstance(kind, ClassLabel) else names)}
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [rows[c] for c in (args.text_column, args.text_pair_column) if c]
@@ -166,7 +188,7 @@ def tokenize(splits: DatasetDict, args: ClassificationArguments) -> tuple[Datase
         )
         for name, rows in splits.items()
     }
-    return DatasetDict(encoded), tokenizer
+    return DatasetDict(encoded)
 
 
 def new_model(seed: int, args: ClassificationArguments, names: list[str]) -> PreTrainedModel:
@@ -251,12 +273,25 @@ def main(argv: list[str]) -> None:
     types = (ClassificationArguments, MaskedTrainingArguments)
     parsed: tuple[Any, ...] = parse(types, argv, __doc__ or "")
     args, training_args = parsed
+    given = {
+        "--methods": bool(args.methods),
+        "--method_configs": bool(args.method_configs),
+        "--clock": args.clock != "wall",
+    }
+    if training_args.wants_cores:
+        refuse_unread(given, "with a core", "drop it")
+        check_joint(args, training_args)
+    else:
+        refuse_unread({} if args.methods else given, "without --methods", "set it")
+        refuse_unread({"--method": bool(args.methods and training_args.method)}, "beside --methods", "name it there")
+        check_methods(args, training_args, ["--methods"] if args.methods else [])
     if training_args.core == LoraCoreConfig.kind:
         training_args.core_config = with_head(training_args.make_core_config())
     elif named := training_args.named_cores():
         training_args.cores = {
             name: {"kind": core.config.kind} | core.own | with_head(core.config) for name, core in named.items()
         }
+    options = args.options()
     splits, tokenizer = prepare(args)
     names = splits["train"].features["labels"].names
     report = splits.get("test", splits["validation"])
@@ -283,11 +318,11 @@ def main(argv: list[str]) -> None:
     if training_args.wants_cores:
         run_recipe(task, args, training_args)
         return
-    options = args.options()
-    methods = args.methods or [training_args.method or "sgd"]
-    if not args.methods:
-        options = {methods[0]: training_args.method_config}
-    run_methods(task, methods, options, args.seeds or [training_args.seed], training_args, args.clock)
+    seeds = args.seeds or [training_args.seed]
+    if args.methods:
+        run_methods(task, args.methods, options, seeds, training_args, args.clock)
+    else:
+        run_alone(task, seeds, training_args)
 
 
 if __name__ == "__main__":

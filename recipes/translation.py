@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from kit.arguments import RecipeArguments, parse
 from kit.cache import prepared
+from kit.checks import check_joint
 from kit.processes import run_main
 from kit.run import run_recipe
 from kit.sources import load_splits
@@ -233,6 +234,7 @@ def main(argv: list[str]) -> None:
     types = (TranslationArguments, MaskedSeq2SeqTrainingArguments)
     parsed: tuple[Any, ...] = parse(types, argv, __doc__ or "", core="low_rank", predict_with_generate=True)
     args, training_args = parsed
+    check_joint(args, training_args)
     splits, tokenizer = prepare(args)
     report = splits.get("test", splits["validation"])
     # label smoothing takes the labels from the model, which then needs the decoder's inputs from the collator

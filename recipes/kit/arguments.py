@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from hf_masked.argument_checks import PAPER
 from hf_masked.typed import json_object
 
 
@@ -98,7 +99,8 @@ class RecipeArguments:
 def parse(types: Sequence[type], argv: Sequence[str], description: str, **defaults: Any) -> tuple[Any, ...]:
     """Parse `[config.yaml] [--flag value ...]` into one object per dataclass in `types`.
 
-    A flag beats the file, the file beats `defaults`, and these beat the defaults of the dataclasses.
+    A flag beats the file, the file beats `defaults`, and these beat the defaults of the dataclasses. A flag that names another
+    core, or the preset "paper", also beats what the file says of the core, or of what the preset fixes.
     """
     parser = HfArgumentParser(
         list(types),  # type: ignore[arg-type]
@@ -107,14 +109,33 @@ def parse(types: Sequence[type], argv: Sequence[str], description: str, **defaul
         allow_abbrev=False,
     )
     parser.set_defaults(**defaults)
+    known = {action.dest for action in parser._actions}
+    fixed = {name: parser.get_default(name) for name in PAPER if name in known}
     flags = list(argv)
     if flags and not flags[0].startswith("-"):
-        path = flags.pop(0)
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**_read_settings(path, known))
-    if parser.get_default("cores") or any(flag.partition("=")[0] == "--cores" for flag in flags):
+        parser.set_defaults(**_read_settings(flags.pop(0), known))
+    given = {flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")}
+    asked = parser.parse_known_args(flags)[0]
+    if parser.get_default("cores") or "cores" in given:
         parser.set_defaults(core=None, core_config=None)  # those of a single core, in a file or of the recipe
-    return parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
+    elif "core" in given and asked.core != parser.get_default("core"):
+        parser.set_defaults(core_config=None)
+    if "preset" in given and asked.preset == "paper":
+        parser.set_defaults(**fixed)
+    *parsed, unread = parser.parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unread:
+        rule = f"a flag of this recipe (see --help){_perhaps(unread[0].removeprefix('--'), known, '--')}"
+        if not unread[0].startswith("--"):
+            rule = "only flags with their values behind the settings file, which comes first; put it there"
+        raise ValueError(f"got {unread[0]!r}; needs {rule}")
+    return tuple(parsed)
+
+
+def _perhaps(name: str, known: set[str], before: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", perhaps {before + close[0]!r} is meant" if close else ""
 
 
 def _read_settings(path: str, known: set[str]) -> dict[str, Any]:
@@ -123,12 +144,16 @@ def _read_settings(path: str, known: set[str]) -> dict[str, Any]:
             f"got {path!r} as the first argument; needs an existing .yaml or .json file of settings, because "
             "everything else is a --flag; check the path"
         )
-    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"got {path!r}; needs YAML or JSON, because settings are read from it; mend it: {error}"
+        ) from None
     if not isinstance(settings, dict):
         raise ValueError(f"got a {type(settings).__name__} in {path!r}; needs a mapping of flag names to values")
     for name in settings.keys() - known:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f", perhaps {close[0]!r} is meant" if close else ""
+        hint = _perhaps(str(name), known)
         raise ValueError(f"got setting {name!r} in {path!r}; needs a flag of this recipe (see --help){hint}")
     return {name: _as_flag(value) for name, value in settings.items()}
 

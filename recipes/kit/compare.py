@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from .arms import Arm
 from .processes import writes
 from .task import Task
-from .training import Run, arm_arguments, plain_full, run_arm
+from .training import Run, arm_arguments, make_trainer, plain_full, run_arm
 
 # Called with every finished run and its trainer, before the trainer is let go.
 Finished = Callable[[Run, Trainer], None]
@@ -30,28 +30,48 @@ def run_arms(
 
     The full network trained by the arm "full_alone" is the start of every arm that says `after_full`.
     """
-    runs = []
     out = Path(str(args.output_dir))
-    for seed in seeds:
-        trained_full: PreTrainedModel | None = None
-        before: Run | None = None
-        for arm in arms:
-            for scale in scales if arm.core_updates else scales[:1]:
-                alone = len(arms) == len(seeds) == len(scales) == 1
-                folder = out if alone else out / "arms" / f"{arm.key}-{scale:g}-{seed}"
-                if writes():
-                    print(
-                        f"\n== {arm.title}: seed {seed}, {arm.max_steps} update steps, core learning rate x {scale:g}"
-                    )
-                changed = arm_arguments(args, arm, seed, scale, folder)
-                run, trainer = run_arm(task, arm, changed, trained_full, before)
-                runs.append(run)
-                finished(run, trainer)
-                if arm.key == "full_alone":
-                    trained_full, before = plain_full(trainer), run
-                del trainer
-                gc.collect()
+    alone = len(arms) == len(seeds) == len(scales) == 1
+    planned = [
+        (arm, arm_arguments(args, arm, seed, scale, out if alone else out / "arms" / f"{arm.key}-{scale:g}-{seed}"))
+        for seed in seeds
+        for arm in arms
+        for scale in (scales if arm.core_updates else scales[:1])
+    ]
+    if not alone and getattr(args, "method", None):
+        refuse_early(task, dict((arm.key, (arm, changed)) for arm, changed in planned).values())
+    runs = []
+    trained_full: PreTrainedModel | None = None
+    before: Run | None = None
+    for arm, changed in planned:
+        if arm is arms[0]:
+            trained_full, before = None, None  # another seed
+        if writes():
+            said = f"seed {changed.seed}, {arm.max_steps} update steps"
+            print(f"\n== {arm.title}: {said}, core learning rate x {changed.core_learning_rate_scale:g}")
+        run, trainer = run_arm(task, arm, changed, trained_full, before)
+        runs.append(run)
+        finished(run, trainer)
+        if arm.key == "full_alone":
+            trained_full, before = plain_full(trainer), run
+        del trainer
+        gc.collect()
     return runs
+
+
+def refuse_early(task: Task, planned: Iterable[tuple[Arm, TrainingArguments]]) -> None:
+    """Make the trainer of every arm once: what one of them refuses of a method is told before any is trained.
+
+    Raises: ValueError.
+    """
+    for arm, args in planned:
+        try:
+            make_trainer(task, task.new_model(args.seed), args)
+        except ValueError as error:
+            raise ValueError(
+                f"got the method {args.method!r} in the arm {arm.key!r}, of which this is refused: {error}; leave the arm "  # type: ignore[attr-defined]
+                "out with --compare_arms"
+            ) from error
 
 
 def choose_scales(runs: Sequence[Run]) -> list[list[Run]]:

@@ -14,8 +14,6 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_masked.export import check_writable
-
 from .machine import PeakMemory, hardware, versions
 from .processes import writes
 from .run import changed_settings, command
@@ -40,7 +38,7 @@ class MethodRun:
         peak_memory: bytes held at most beyond what was held before, the model included; None where that is not known.
         captured_energy: mean of what was logged with `--diagnostics_steps`, None without.
         plain_seconds: `step_seconds` of short plain training, mean of that just before and just after the run: what else the
-            machine does has slowed it down as much.
+            machine does has slowed it down as much; None of a run that is compared with nothing.
     """
 
     method: str
@@ -50,7 +48,7 @@ class MethodRun:
     peak_memory: int | None
     captured_energy: float | None
     history: list[dict[str, Any]]
-    plain_seconds: float = math.nan
+    plain_seconds: float | None = None
 
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -84,6 +82,7 @@ def run_methods(
     clock: str = "wall",
 ) -> None:
     """Fine-tune once per method and seed, and leave `table.md` and `results.json` in `output_dir`, which one process writes.
+    The settings have been through `check_methods`.
 
     Args:
         methods: names in `hf_masked.methods.METHODS`; plain training is trained first, for the ratio of memory.
@@ -91,50 +90,68 @@ def run_methods(
         clock: what step times are taken by, a name in CLOCKS.
     """
     out = Path(str(training_args.output_dir))
-    if writes():
-        check_writable(out)
     runs: list[MethodRun] = []
-    ordered = [BASELINE, *(name for name in methods if name != BASELINE)]
+    # all of them first: a method's options are refused before another is trained
+    planned = [
+        dataclasses.replace(
+            training_args, method=name, method_config=configs.get(name), seed=seed, data_seed=seed,
+            output_dir=str(out / "runs" / f"{name}-{seed}"),
+        )
+        for seed in seeds
+        for name in [BASELINE, *(name for name in methods if name != BASELINE)]
+    ]  # fmt: skip
+    before = plain_step_seconds(task, training_args, clock)
+    for args in planned:
+        run, trainer = run_method(task, args, clock)
+        if len(methods) == len(seeds) == 1 and args.method == methods[0]:
+            trainer.save_model(str(out))
+        del trainer
+        gc.collect()
+        after = plain_step_seconds(task, training_args, clock)
+        run.plain_seconds, before = (before + after) / 2, after
+        runs.append(run)
+        # after every run, so that an interrupted comparison leaves what it has found
+        text = write_runs(task, runs, training_args)
+    if writes():
+        print("\n" + text)
+
+
+def run_alone(task: Task, seeds: Sequence[int], training_args: Any) -> None:
+    """Fine-tune once per seed as `training_args` say, with `--method` or plainly, and leave the model of a single seed, `table.md`
+    and `results.json` in `output_dir`, which one process writes. The settings have been through `check_methods`."""
+    out = Path(str(training_args.output_dir))
+    runs: list[MethodRun] = []
     for seed in seeds:
-        before = plain_step_seconds(task, training_args, clock)
-        for name in ordered:
-            if writes():
-                print(f"\n== {name}: seed {seed}")
-            changed = {"method": name, "method_config": configs.get(name), "seed": seed, "data_seed": seed}
-            args = dataclasses.replace(training_args, **changed, output_dir=str(out / "runs" / f"{name}-{seed}"))
-            run, trainer = run_method(task, args, clock)
-            runs.append(run)
-            if len(methods) == len(seeds) == 1 and name == methods[0]:
-                trainer.save_model(str(out))
-            del trainer
-            gc.collect()
-            after = plain_step_seconds(task, training_args, clock)
-            run.plain_seconds, before = (before + after) / 2, after
-            if not writes():
-                continue
-            # after every run, so that an interrupted comparison leaves what it has found
-            text = f"# {task.name}\n\n`{command()}`\n\n{methods_table(runs, task)}\n"
-            (out / "table.md").write_text(text, encoding="utf-8")
-            write_runs(out / "results.json", runs, training_args)
+        folder = out if len(seeds) == 1 else out / "runs" / f"{training_args.method or BASELINE}-{seed}"
+        args = dataclasses.replace(training_args, seed=seed, data_seed=seed, output_dir=str(folder))
+        run, trainer = run_method(task, args, "wall")
+        if len(seeds) == 1:
+            trainer.save_model(str(out))
+        del trainer
+        gc.collect()
+        runs.append(run)
+        text = write_runs(task, runs, training_args)
     if writes():
         print("\n" + text)
 
 
 def run_method(task: Task, args: TrainingArguments, clock: str) -> tuple[MethodRun, Trainer]:
     """Fine-tune with the method that `args` names, and score the result."""
+    if writes():
+        print(f"\n== {args.method or BASELINE}: seed {args.seed}")  # type: ignore[attr-defined]
     peak = PeakMemory()
     model = task.new_model(args.seed)
     set_seed(args.seed)
     trainer, steps = make_trainer(task, model, args), StepClock(clock)
     del model  # the trainer may have made another of it
     trainer.add_callback(steps)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     memory = peak.read()
     trained: Any = trainer.model
     trained.eval()
     energies = [v for row in trainer.state.log_history for k, v in row.items() if k.endswith(ENERGY)]
     run = MethodRun(
-        method=args.method,  # type: ignore[attr-defined]
+        method=args.method or BASELINE,  # type: ignore[attr-defined]
         seed=args.seed,
         scores=task.score(trained),
         step_seconds=steps.median(),
@@ -162,25 +179,30 @@ def plain_step_seconds(task: Task, training_args: Any, clock: str) -> float:
 
 
 def methods_table(runs: Sequence[MethodRun], task: Task) -> str:
-    """One row per method: scores with standard deviations, and cost over plain training: that beside each run, memory of the
-    same seed's."""
+    """One row per method: scores with standard deviations, and the captured energy; where plain training was timed beside each run,
+    its cost over that, and over the memory of the same seed's."""
     plain = {run.seed: run for run in runs if run.method == BASELINE}
+    timed = runs[0].plain_seconds is not None
     rows = []
     for name in dict.fromkeys(run.method for run in runs):
         mine = [run for run in runs if run.method == name]
         row = [name, *(spread([run.scores[m.key] for run in mine], m.digits) for m in task.metrics)]
-        row.append(spread([run.step_seconds / run.plain_seconds for run in mine], 2))
-        row.append(
-            spread([(run.peak_memory or math.nan) / (plain[run.seed].peak_memory or math.nan) for run in mine], 2)
-        )
+        if timed:
+            row.append(spread([run.step_seconds / (run.plain_seconds or math.nan) for run in mine], 2))
+            row.append(
+                spread([(run.peak_memory or math.nan) / (plain[run.seed].peak_memory or math.nan) for run in mine], 2)
+            )
         row.append(spread([run.captured_energy for run in mine if run.captured_energy is not None], 2))
         rows.append(row)
-    headings = ["method", *(m.title for m in task.metrics), "time ratio", "peak memory ratio", "captured energy"]
-    return render(headings, rows)
+    ratios = ["time ratio", "peak memory ratio"] if timed else []
+    return render(["method", *(m.title for m in task.metrics), *ratios, "captured energy"], rows)
 
 
-def write_runs(path: Path, runs: Sequence[MethodRun], training_args: Any) -> None:
-    """Write everything that the table was made from, with versions, hardware and settings."""
+def write_runs(task: Task, runs: Sequence[MethodRun], training_args: Any) -> str:
+    """Write the table, and everything that it was made from, with versions, hardware and settings; return the table's page."""
+    text = f"# {task.name}\n\n`{command()}`\n\n{methods_table(runs, task)}\n"
+    if not writes():
+        return text
     results = {
         "command": command(),
         "versions": versions(),
@@ -188,4 +210,7 @@ def write_runs(path: Path, runs: Sequence[MethodRun], training_args: Any) -> Non
         "training_settings": changed_settings(training_args),
         "runs": [dataclasses.asdict(run) for run in runs],
     }
-    path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+    out = Path(str(training_args.output_dir))
+    (out / "table.md").write_text(text, encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+    return text

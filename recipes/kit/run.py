@@ -6,14 +6,14 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
 from hf_masked import LoraCoreConfig, add_core, core_summary
-from hf_masked.export import check_writable, exported_cores
+from hf_masked.export import exported_cores
 
 from .arguments import RecipeArguments
 from .arms import Arm, comparison_arms, joint_arm
@@ -36,13 +36,12 @@ NOTE = (
 
 def run_recipe(task: Task, args: RecipeArguments, training_args: Any) -> None:
     """Train the joint run (and with `--compare` every other arm) and leave everything in `output_dir`, which one process writes.
+    The settings have been through `check_joint`.
 
     The folder then holds the full network, `core/`, `losses.png`, `results.json`, `table.md`, and with `--compare`
     `comparison.png`.
     """
     out = Path(str(training_args.output_dir))
-    if writes():
-        check_writable(out)
     seeds = args.seeds or [training_args.seed]
     arms = plan_arms(task, args, training_args)
     exported: list[Run] = []
@@ -80,18 +79,7 @@ def run_recipe(task: Task, args: RecipeArguments, training_args: Any) -> None:
 
 def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm]:
     """Print the sizes of both networks, and list what is to be trained."""
-    if not training_args.wants_cores:
-        raise ValueError(
-            "got core='none'; needs a core, because the recipe trains and reports two networks; set --core low_rank, "
-            "or --schedule full_only to leave the core untrained"
-        )
-    if training_args.max_steps < 1:
-        raise ValueError(
-            f"got max_steps={training_args.max_steps}; needs at least 1, because every arm is counted in update "
-            "steps; set --max_steps"
-        )
     configs = training_args.make_core_configs()
-    refuse_several(configs, args)
     # before the cores are hung on, which a model does not move with itself
     model = task.new_model(training_args.seed).to(training_args.device)
     if any(isinstance(config, LoraCoreConfig) for config in configs.values()) and not model.name_or_path:
@@ -119,23 +107,6 @@ def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm
         training_args.max_steps, costs, joint, configs["core"].to_dict(), args.compare_distill_weight
     )
     return with_requirements(arms, args.compare_arms)
-
-
-def refuse_several(cores: Collection[str], args: RecipeArguments) -> None:
-    """Refuse several cores, or one of a name of its own, where arms, seeds or rates are compared.
-
-    Raises: ValueError.
-    """
-    asked = {
-        "--compare": args.compare,
-        "--seeds": len(args.seeds or []) > 1,
-        "--compare_learning_rate_scales": bool(args.compare_learning_rate_scales),
-    }
-    if list(cores) != ["core"] and any(asked.values()):
-        raise ValueError(
-            f"got {[flag for flag, given in asked.items() if given]} with the cores {list(cores)}; needs --core, because runs are "
-            "compared by the scores of one core; drop --cores, or those flags"
-        )
 
 
 def summary(task: Task, reports: Sequence[NetworkReport], arms: Sequence[Sequence[Run]], compared: bool) -> str:

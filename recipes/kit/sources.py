@@ -27,10 +27,12 @@ def load_splits(name: str, config: str | None, columns: Sequence[str]) -> Datase
             f"got splits {sorted(splits)} in {name!r}; needs a 'train' split, because the recipe trains on it; "
             "set --dataset_name to a data set, file or folder that has one"
         )
-    _check_columns(name, splits["train"], columns)
+    splits = DatasetDict({split: splits[split] for split in ("train", "validation", "test") if split in splits})
+    for split, rows in splits.items():
+        _check_columns(f"the {split} split of {name!r}", rows, columns)
     if "validation" not in splits:
         splits = _hold_out(splits, columns)
-    return DatasetDict({split: splits[split] for split in ("train", "validation", "test") if split in splits})
+    return splits
 
 
 def _load(name: str, config: str | None) -> DatasetDict:
@@ -66,18 +68,24 @@ def _load_folder(folder: Path) -> DatasetDict:
     return load_dataset(loaders.pop(), data_files=wanted)
 
 
-def _check_columns(name: str, rows: Dataset, columns: Sequence[str]) -> None:
+def _check_columns(where: str, rows: Dataset, columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise ValueError(
-            f"got columns {rows.column_names} in {name!r}; needs {missing}, because the recipe reads its text there; "
+            f"got columns {rows.column_names} in {where}; needs {missing}, because the recipe reads its text there; "
             "set the --*_column flags to columns that exist"
         )
     for column in columns:
         if not any(isinstance(text, str) and text.strip() for text in rows[:1000][column]):
             raise ValueError(
-                f"got no text in column {column!r} of {name!r}; needs non-empty strings, because a tokenizer and a "
+                f"got no text in column {column!r} of {where}; needs non-empty strings, because a tokenizer and a "
                 "model are trained on them; set the --*_column flags to a text column"
+            )
+        if rows.data.column(column).null_count:
+            row = next(index for index, text in enumerate(rows[column]) if text is None)
+            raise ValueError(
+                f"got nothing in column {column!r} of row {row} in {where}; needs a text in every row, because it is cut into "
+                "tokens; leave such rows out of the data"
             )
 
 
@@ -98,4 +106,5 @@ def _hold_out(splits: DatasetDict, columns: Sequence[str]) -> DatasetDict:
             "a validation file"
         )
     train = [index for index, held in enumerate(flags) if not held]
-    return DatasetDict({**splits, "train": rows.select(train), "validation": rows.select(validation)})
+    held = {"train": rows.select(train), "validation": rows.select(validation)}
+    return DatasetDict(held | {split: rows for split, rows in splits.items() if split not in held})

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_masked import LoraCoreConfig, add_core, get_core, get_cores, has_core, merge_full, split
+from hf_masked.typed import json_object
 
 from .arms import Arm
 from .flops import StepCosts, ladder_costs, step_costs
@@ -62,7 +63,9 @@ def make_trainer(task: Task, model: PreTrainedModel, args: TrainingArguments) ->
 
 
 def arm_arguments(args: TrainingArguments, arm: Arm, seed: int, scale: float, folder: Path) -> TrainingArguments:
-    """The recipe's training arguments with what the arm changes; its checkpoints go to `folder`."""
+    """The recipe's training arguments with what the arm changes; its checkpoints go to `folder`, and a method stays where the
+    arm has updates that it applies to."""
+    method = {} if arm.key == "joint" else own_method(args, arm)
     return dataclasses.replace(
         args,
         **{
@@ -71,9 +74,21 @@ def arm_arguments(args: TrainingArguments, arm: Arm, seed: int, scale: float, fo
             "seed": seed,
             "data_seed": seed,
             "core_learning_rate_scale": scale,
+            **method,
             **arm.changes,
         },
     )
+
+
+def own_method(args: Any, arm: Arm) -> dict[str, Any]:
+    """The method of an arm that may train one network only."""
+    options = json_object(args.method_config, "method_config", '{"density": 0.05}')
+    where = options.get("apply_to", "full")
+    trained = {"full": arm.full_updates > 0, "core": arm.core_updates > 0}
+    applied = [network for network, is_trained in trained.items() if is_trained and where in (network, "both")]
+    if args.method is None or not applied:
+        return {"method": None, "method_config": None}
+    return {"method_config": options | {"apply_to": "both" if len(applied) == 2 else applied[0]}}
 
 
 def run_arm(
@@ -92,7 +107,7 @@ def run_arm(
     costs = trainer_costs(task, trainer)
     started = time.perf_counter()
     if arm.max_steps:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     else:
         cut_core(task, trainer)
     seconds = time.perf_counter() - started + (before.seconds if arm.after_full and before else 0)
