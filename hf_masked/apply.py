@@ -79,13 +79,26 @@ def evaluate_mask(
     values = {name: p.detach() for name, p in parameters.items()}
     with torch.no_grad():
         if looks_at_names(rule):
-            mask = dict(call(info, values))
+            mask = call(info, values)
         else:
             gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             needs = getattr(rule, "needs_parameters", False)
-            mask = dict(call(info, gradients, values) if needs else call(info, gradients))
+            mask = call(info, gradients, values) if needs else call(info, gradients)
     check_names("mask", mask, parameters)
+    for name, kept in mask.items():
+        if isinstance(kept, torch.Tensor) and not _broadcasts(kept.shape, parameters[name].shape):
+            raise ValueError(
+                f"got a mask of shape {tuple(kept.shape)} for {name!r}; needs one that broadcasts to {tuple(parameters[name].shape)}, "
+                "because it says of every entry whether it is kept; mend the function in plan="
+            )
     return {n: part_of(kept, parameters[n]) if isinstance(kept, torch.Tensor) else kept for n, kept in mask.items()}
+
+
+def _broadcasts(given: torch.Size, wanted: torch.Size) -> bool:
+    if given == wanted:
+        return True
+    pairs = zip(given[::-1], wanted[::-1], strict=False)
+    return len(given) <= len(wanted) and all(mine in (1, theirs) for mine, theirs in pairs)
 
 
 def mask_update(parameters: Parameters, phase: Phase, info: StepInfo) -> tuple[MaskValues, MaskValues]:

@@ -14,6 +14,9 @@ _CHOICES = {
 }
 _LEAST = {"distill_buffer": 0, "distill_top_k": 1, "diagnostics_steps": 0}
 
+# of core updates, where nothing else is said
+CORE_RATE = 2.0
+
 PAPER: dict[str, Any] = {
     "schedule": "alternate",
     "distill_weight": 0.0,

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .argument_checks import apply_preset, as_number, refuse_together, refuse_values
+from .argument_checks import CORE_RATE, apply_preset, as_number, refuse_together, refuse_values
 from .cores import CORE_KINDS, CoreConfig
 from .cores.base import DEFAULT_NAME
 from .described import described_core, described_plan
@@ -82,8 +82,8 @@ class MaskedArgumentsMixin:
         metadata={
             "help": 'Which network each update step trains; a name or JSON such as \'{"name": "ride_along", '
             '"core_updates": 6.0, "start": 0.75}\'. ride_along: every step is an ordinary full update, and from `start` '
-            "(update step, or fraction of the run) on `core_updates` core updates follow it; alternate: `full_steps` "
-            "full, `core_steps` core; random: core with `probability`; sum: both losses in one update; "
+            "(update step, or fraction of the run) on `core_updates` core updates follow it (0: a core is made, and never "
+            "trained); alternate: `full_steps` full, `core_steps` core; random: core with `probability`; sum: both losses in one update; "
             "full_then_joint: `full_steps` full ones, then in turn; heal: in turn, the last `core_steps` core only; "
             "core_only; full_only."
         },
@@ -181,7 +181,7 @@ class MaskedArgumentsMixin:
         apply_preset(self)
         refuse_values(self)
         if self.core_learning_rate_scale is None:
-            self.core_learning_rate_scale = 1.0 if self.preset == "paper" else 2.0
+            self.core_learning_rate_scale = 1.0 if self.preset == "paper" else CORE_RATE
         refuse_together(self)
         for core in self.named_cores():
             self.make_plan(core)

@@ -23,9 +23,11 @@ def displaced(parameters: Mapping[str, nn.Parameter], rule: Callable[[Tensors], 
     Cost: one copy of the parameters that are displaced.
     """
     with torch.no_grad():
-        deltas = dict(rule({name: p.detach() for name, p in parameters.items()}))
+        given = rule({name: p.detach() for name, p in parameters.items()})
         del rule  # and with it a gradient that it may hold
-        check_names("perturbation", deltas, parameters)
+        check_names("perturbation", given, parameters)
+        deltas = dict(given)
+        del given
         saved: dict[str, torch.Tensor] = {}
     try:
         with torch.no_grad():
@@ -95,10 +97,15 @@ def buffers_kept(network: nn.Module) -> Iterator[None]:
 
 
 def check_names(slot: str, given: Mapping[str, object], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a slot's answer about parameters that the phase does not train.
+    """Refuse a slot's answer that is none, or about parameters that the phase does not train.
 
     Raises: ValueError.
     """
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"got {given!r:.80} from a {slot}; needs a dict of name -> value, because it says something of each parameter; mend the "
+            "function in plan=: {} for nothing"
+        )
     if unknown := set(given) - set(parameters):
         raise ValueError(
             f"got a {slot} for {sorted(unknown)[:3]}, which this phase does not train; needs names among the trained "

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .argument_checks import CORE_RATE
 from .cores import Core, has_core
 from .plan import Plan
 from .schedules import FullOnly
@@ -12,7 +13,10 @@ from .typed import without_common
 from .types import StepInfo
 
 # what says how a core is trained, or what a plan says
-_OF_A_CORE = ("preset", "schedule", "moments")
+_OF_A_CORE = (
+    "preset", "schedule", "moments", "core_loss_weight", "core_learning_rate_scale", "distill_weight", "distill_temperature",
+    "distill_buffer", "distill_top_k", "lr_curve",
+)  # fmt: skip
 _OF_A_PLAN = ("method", "method_config", "preset", "schedule")
 # and by what attribute of its core phase it says the same
 _OF_A_PHASE = {
@@ -48,7 +52,7 @@ def refuse_other_cores(cores: dict[str, Core], args: Any) -> None:
             )
 
 
-def refuse_core_options(model: nn.Module, args: Any) -> None:
+def refuse_core_options(model: nn.Module, args: Any, plan: Plan | None) -> None:
     """Refuse a run without a core that is told how to train one; `core` "none" says that there is to be none.
 
     Raises: ValueError.
@@ -59,7 +63,7 @@ def refuse_core_options(model: nn.Module, args: Any) -> None:
             "left out; call add_core on what is trained, or pass it without the wrapper"
         )
     # arguments of plain Trainer have no such field, and full_only means no core
-    told = getattr(args, "core", "none") is None and not isinstance(args.make_plan().schedule, FullOnly)
+    told = getattr(args, "core", "none") is None and not isinstance((plan or args.make_plan()).schedule, FullOnly)
     if told and (said := _said(args, _OF_A_CORE)):
         raise ValueError(
             f"got {said} and no core; needs one, because it says how a core is trained; set --core, call add_core(model, ...) first, "
@@ -85,8 +89,13 @@ def refuse_core_phases(plan: Plan, max_steps: int, seed: int) -> None:
 def refuse_beside_plan(plan: Plan, args: Any) -> None:
     """Refuse options that a plan= takes the place of, and that say something else.
 
-    Raises: ValueError.
+    Raises: ValueError; TypeError for what is no plan.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"got plan={plan!r}; needs a Plan, because it says how each network is trained as well; set --schedule to a name, or plan="
+            "Plan(make_schedule(...))"
+        )
     differing = [name for name, told in _OF_A_PHASE.items() if getattr(args, name, None) != getattr(plan.core, told)]
     if said := _said(args, (*_OF_A_PLAN, *differing)):
         raise ValueError(
@@ -98,4 +107,6 @@ def refuse_beside_plan(plan: Plan, args: Any) -> None:
 def _said(args: Any, names: tuple[str, ...]) -> str:
     """The first of these fields that is not as it is by default, as name=value."""
     known = {field.name: field.default for field in dataclasses.fields(args) if field.name in names}
+    if "core_learning_rate_scale" in known:
+        known["core_learning_rate_scale"] = CORE_RATE  # what None has become
     return next((f"{n}={getattr(args, n)!r}" for n in names if n in known and getattr(args, n) != known[n]), "")

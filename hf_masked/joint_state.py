@@ -216,6 +216,9 @@ def _load_core_training(folder: Path, run: CoreRun, own_optimizer: bool, device:
 
 
 def _short(value: object) -> str:
+    """As text; what is the same for every layer, such as a rank, once."""
+    if isinstance(value, dict) and len(value) > 1 and len({str(said) for said in value.values()}) == 1:
+        value = f"{next(iter(value.values()))} in {len(value)} layers"
     text = str(value)
     return text if len(text) <= 200 else text[:197] + "..."
 

@@ -1,5 +1,6 @@
 """A plan: a schedule and one phase per network, validated together before any training time is spent."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -30,6 +31,11 @@ class Plan:
     core: Phase = field(default_factory=lambda: Phase("core"))
 
     def __post_init__(self) -> None:
+        if not callable(self.schedule):
+            raise TypeError(
+                f"got schedule={self.schedule!r}; needs a function of StepInfo, because it is asked in every update step; set "
+                "Plan(make_schedule(...)), where a name or a dict will do"
+            )
         for name, phase in (("full", self.full), ("core", self.core)):
             if phase.network != name:
                 raise ValueError(
@@ -89,6 +95,18 @@ class Plan:
             trained.update(("full", "core"))
         self._check_trained("full", trained, CoreOnly, "core_only", max_steps)
         self._check_trained("core", trained, FullOnly, "full_only", max_steps)
+
+    def check_parameters(self, network: Network, trained: Collection[object]) -> None:
+        """Refuse a network of which the updates would train nothing.
+
+        Raises: ValueError where `trained`, its parameters that require a gradient, are none.
+        """
+        name = "core_only" if network == "full" else "full_only"
+        if not trained and not isinstance(self.schedule, CoreOnly if network == "full" else FullOnly):
+            raise ValueError(
+                f"got a {network} network of which all parameters are frozen; needs one that requires a gradient, because the "
+                f"schedule {self.schedule} trains it; call requires_grad_() on it, or set --schedule {name}"
+            )
 
     def _check_trained(self, network: Network, trained: set[Network], alone: type, name: str, max_steps: int) -> None:
         rides_nothing = network == "core" and getattr(self.schedule, "core_updates", None) == 0

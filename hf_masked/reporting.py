@@ -1,7 +1,7 @@
 """Full and core, or all cores, side by side: in `evaluate()`, in `predict()`, and in every log row."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,3 +158,16 @@ class JointReportingMixin(JointHooks):
         logs["phase"] = self._meter.phase(means)
         if size := size_of([run.replay for run in self._cores]):
             logs["distill_buffer_bytes"] = size
+
+
+def refuse_eval_names(eval_dataset: Any, cores: Sequence[str]) -> None:
+    """Refuse several evaluation sets of which the full network's metrics would be called as those of a core.
+
+    Raises: ValueError.
+    """
+    for name in eval_dataset if isinstance(eval_dataset, dict) else ():
+        if taken := [core for core in cores if f"{name}_".startswith(f"{core}_")]:
+            raise ValueError(
+                f"got the evaluation set {name!r} beside the core {taken[0]!r}; needs another name, because eval_{name}_loss would be "
+                "of the full network on that set, and reads as the core's; rename it in eval_dataset="
+            )

@@ -46,7 +46,7 @@ from .optimization import (
 from .perturbations.subnets import Subnets
 from .plan import Plan
 from .replay import ReplayBuffer
-from .reporting import JointReportingMixin
+from .reporting import JointReportingMixin, refuse_eval_names
 from .riding import RidingMixin
 from .saving import JointSavingMixin
 from .schedules import FullOnly, Sum
@@ -142,7 +142,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         if plan is not None:
             refuse_beside_plan(plan, args)
         if not has_core(self.model):
-            refuse_core_options(self.model, args)
+            refuse_core_options(self.model, args, plan)
             if plan is None and getattr(args, "method", None):
                 plan = replace(args.make_plan(), schedule=FullOnly())
             watched = getattr(args, "diagnostics_steps", 0) or getattr(args, "audit", False)
@@ -170,9 +170,12 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         for run in self._cores:
             refuse_no_split(cores[run.name], run.plan.schedule)
             refuse_rungs(cores[run.name], run.plan, args)
+        self.plan.check_parameters("full", self._trained(self.plan.full))
         refuse_meaningless(self.plan.full, self._trained(self.plan.full), args)
+        refuse_eval_names(self.eval_dataset, list(cores))
         for run in self._cores:
             with self._at_work_on(run):
+                self.plan.check_parameters("core", self._trained(run.phase))
                 refuse_meaningless(run.phase, self._trained(run.phase), args)
             if self.args.max_steps > 0:
                 run.plan.validate(self.args.max_steps, args.mask_seed)

@@ -15,7 +15,9 @@ from hf_masked.schedules import Alternate, FullOnly, RideAlong
 LOW_RANK = {"core": "low_rank", "core_config": {"rank": 4}}
 
 NO_CORE: dict[str, dict[str, Any]] = {
-    "schedule": {"schedule": "alternate"}, "preset": {"preset": "paper"}, "moments": {"schedule": "sum", "moments": "shared"}
+    "schedule": {"schedule": "alternate"}, "preset": {"preset": "paper"}, "moments": {"schedule": "sum", "moments": "shared"},
+    "distillation": {"distill_weight": 0.3}, "buffer": {"distill_buffer": 7}, "rate": {"core_learning_rate_scale": 9.0},
+    "curve": {"lr_curve": "shared"}, "loss": {"core_loss_weight": 0.5},
 }  # fmt: skip
 
 

@@ -85,9 +85,17 @@ def test_arguments_take_a_peft_config_or_what_it_says_of_itself(tmp_path: Path) 
 
 def test_tasks_add_their_head_and_a_head_left_out_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
     core = get_core(with_adapter("bert-classification", modules_to_save=None, task_type="SEQ_CLS"))
-    assert list(core.saved) == ["classifier"] and not caplog.records
+    assert list(core.saved) == ["classifier"] and "modules_to_save" not in caplog.text
     assert not get_core(with_adapter("bert-classification", modules_to_save=None)).saved
     assert "set modules_to_save or task_type" in caplog.text
+
+
+def test_a_base_that_is_on_no_disk_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    architecture("llama").build().save_pretrained(tmp_path)
+    add_core(tf.AutoModelForCausalLM.from_pretrained(tmp_path), LoraCoreConfig(r=4))
+    assert "no disk" not in caplog.text
+    with_adapter("llama")
+    assert "of a base that is on no disk" in caplog.text and "call save_pretrained(folder)" in caplog.text
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])

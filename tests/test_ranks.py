@@ -152,6 +152,10 @@ def test_checkpoints_agree_on_the_ranks(tmp_path: Path) -> None:
     message = f"with ranks {{'{last}': {ranks[last]}}}; needs {{'{last}': {ranks[last] + 1}}}, because"
     with pytest.raises(ValueError, match=re.escape(message)):  # not the many that agree
         fit(tmp_path / "e", tiny(), resume=checkpoint, **other_ranks)
+    by_four = saved | {"core_config": {"rank": 4}}
+    fit(tmp_path / "f", tiny(), **by_four)
+    with pytest.raises(ValueError, match=r"with ranks 4 in 14 layers; needs 5 in 14 layers, because"):
+        fit(tmp_path / "g", tiny(), resume=tmp_path / "f" / "checkpoint-2", **saved, core_config={"rank": 5})
 
 
 def test_random_weights_are_said_to_be(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,8 @@ import torch
 from architectures import architecture
 from common import arguments, rows, tiny
 
-from hf_masked import MaskedTrainer
+from hf_masked import DepthCoreConfig, MaskedTrainer, Phase, Plan, add_core, core_mode, get_core
+from hf_masked.schedules import FullOnly
 
 TESTS = Path(__file__).resolve().parent
 UNWRITABLE = """
@@ -124,6 +125,87 @@ def test_outputs_without_logits_need_no_distillation(tmp_path: Path) -> None:
     rode = trainer(distill_weight=0.0, distill_buffer=0, schedule={"name": "ride_along", "start": 2})
     rode.train()
     assert {"loss_full", "loss_core"} <= set(rode.state.log_history[-2])
+
+
+def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
+    plans: list[Any] = ["alternate", {"full": "sgd"}]
+    for model in (tiny(), tiny(core="free")):
+        for plan in plans:
+            with pytest.raises(TypeError, match=r"got plan=.*; needs a Plan, .*set --schedule to a name"):
+                MaskedTrainer(model, arguments(tmp_path), plan=plan, train_dataset=rows())
+    wrong: Any = "full_only"
+    with pytest.raises(TypeError, match=r"got schedule='full_only'; needs a function of StepInfo.*make_schedule"):
+        Plan(wrong)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, r"got None from a mask; needs a dict of name -> value"),
+        (
+            torch.ones(3, 1, dtype=torch.bool),
+            r"got a mask of shape \(3, 1\) for '.*'; needs one that broadcasts to \(",
+        ),
+        (torch.ones(1, 1, 1, dtype=torch.bool), r"got a mask of shape \(1, 1, 1\) for"),
+    ],
+    ids=["none", "shape", "dimensions"],
+)
+def test_an_answer_that_is_no_mask_is_refused(answer: Any, message: str, tmp_path: Path) -> None:
+    def mask(info: Any, gradients: Any) -> Any:
+        return None if answer is None else dict.fromkeys(gradients, answer)
+
+    plan = Plan(FullOnly(), full=Phase("full", update_mask=mask))
+    with pytest.raises(ValueError, match=message):
+        MaskedTrainer(tiny(), arguments(tmp_path), plan=plan, train_dataset=rows()).train()
+
+
+def test_an_answer_that_is_no_displacement_is_refused(tmp_path: Path) -> None:
+    wrong: Any = lambda info, parameters: None  # noqa: E731
+    plan = Plan(FullOnly(), full=Phase("full", perturbation=wrong))
+    with pytest.raises(ValueError, match="got None from a perturbation; needs a dict"):
+        MaskedTrainer(tiny(), arguments(tmp_path), plan=plan, train_dataset=rows()).train()
+
+
+def test_a_network_with_nothing_to_train_is_refused(tmp_path: Path) -> None:
+    options = {"core": "low_rank", "core_config": {"rank": 4}}
+    with pytest.raises(
+        ValueError, match=r"got a full network of which all parameters are frozen.*--schedule core_only"
+    ):
+        MaskedTrainer(tiny().requires_grad_(False), arguments(tmp_path, **options), train_dataset=rows())
+    model = tiny(core="free")
+    get_core(model).model.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"got a core network of which all parameters are frozen.*--schedule full_only"
+    ):
+        MaskedTrainer(model, arguments(tmp_path), train_dataset=rows())
+    for schedule, frozen in (("full_only", get_core(model).model), ("core_only", model)):
+        model.requires_grad_()
+        get_core(model).model.requires_grad_()
+        frozen.requires_grad_(False)
+        MaskedTrainer(model, arguments(tmp_path, schedule=schedule, max_steps=1), train_dataset=rows()).train()
+
+
+@pytest.mark.parametrize("name", ["core", "core_r2"])
+def test_an_evaluation_set_is_not_called_as_a_core(name: str, tmp_path: Path) -> None:
+    sets = {"train_dataset": rows(), "eval_dataset": {name: rows(4), "far": rows(4)}}
+    with pytest.raises(
+        ValueError, match=rf"got the evaluation set '{name}' beside the core 'core'; needs another name"
+    ):
+        MaskedTrainer(tiny(core="free"), arguments(tmp_path), **sets)
+    MaskedTrainer(tiny(), arguments(tmp_path), **sets)
+    MaskedTrainer(tiny(core="free"), arguments(tmp_path), **sets | {"eval_dataset": {"cores": rows(4)}})
+
+
+def test_a_rung_of_a_core_without_rungs_is_refused_by_what_it_has() -> None:
+    for model, message in (
+        (
+            tiny(core="free"),
+            r"ranks up to 4; needs an integer >= 1 or a fraction in \(0.0, 1.0\] within that, because",
+        ),
+        (add_core(tiny(), DepthCoreConfig(keep=[0])), "of the kind 'depth'; needs none, because"),
+    ):
+        with pytest.raises(ValueError, match=message), core_mode(model, rung="r2"):
+            pass
 
 
 @pytest.mark.parametrize("stage", [2, 3, None])

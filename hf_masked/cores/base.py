@@ -238,8 +238,9 @@ class Core(ABC):
         Raises: ValueError for one that this core does not hold.
         """
         if rung is not None:
+            held = f"one of {list(self.nested)}" if self.nested else "none"
             raise ValueError(
-                f"got rung={rung!r} for a core of the kind {self.config.kind!r}; needs one of {list(self.nested)}, because the "
+                f"got rung={rung!r} for a core of the kind {self.config.kind!r}; needs {held}, because the "
                 "core holds no other smaller ones; drop rung=, or make the core with several ranks, neurons, heads or keep"
             )
         yield

@@ -216,6 +216,12 @@ def build_lora_core(model: PreTrainedModel, config: LoraCoreConfig) -> LoraCore:
             "task_type in --core_config, because the base on disk does not have it",
             type(model).__name__,
         )
+    if not model.name_or_path:
+        logger.warning(
+            "this %s was made from a config, so the adapter will be of a base that is on no disk, and cannot be loaded without it; "
+            "call save_pretrained(folder) now, and train from_pretrained(folder)",
+            type(model).__name__,
+        )
     if config.coupling == "shared":
         _share(model, core)
     return core
