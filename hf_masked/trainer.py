@@ -75,14 +75,10 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
 
     Source: Mohtashami, Jaggi, Stich, AISTATS 2022, arXiv 2106.08895; `ride_along` and what it teaches are this package's.
 
-    >>> import tempfile
-    >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> from hf_masked import MaskedTrainingArguments
-    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32))
-    >>> args = MaskedTrainingArguments(tempfile.mkdtemp(), core="depth", max_steps=8, use_cpu=True, report_to="none")
-    >>> trainer = MaskedTrainer(model, args, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 8)
-    >>> trainer.core_model.config.n_layer, trainer.plan.count("core", until=8, max_steps=8, seed=0) > 0
-    (1, True)
+    >>> class Mine(MaskedTrainerMixin, Trainer): ...
+    >>> class Wrong(Trainer, MaskedTrainerMixin): ...
+    Traceback (most recent call last):
+    TypeError: got class Wrong with Trainer before MaskedTrainerMixin; needs it behind, ...
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -290,9 +286,24 @@ def _switches_on(model: Any, args: Any, plan: Plan | None) -> bool:
 
 
 class MaskedTrainer(MaskedTrainerMixin, Trainer):
-    """`Trainer` that trains a model and its core together: arguments, errors and cost are those of `MaskedTrainerMixin`."""
+    """`Trainer` that trains a model and its core together.
+
+    Args, Raises, Cost and Source: those of `MaskedTrainerMixin`.
+
+    >>> import tempfile
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from hf_masked import MaskedTrainingArguments
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32))
+    >>> args = MaskedTrainingArguments(tempfile.mkdtemp(), core="depth", max_steps=8, use_cpu=True, report_to="none")
+    >>> trainer = MaskedTrainer(model, args, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 8)
+    >>> trainer.core_model.config.n_layer, trainer.plan.count("core", until=8, max_steps=8, seed=0) > 0
+    (1, True)
+    """
 
 
 class MaskedSeq2SeqTrainer(MaskedTrainerMixin, Seq2SeqTrainer):
-    """`Seq2SeqTrainer` that trains a model and its core together: arguments, errors and cost are those of
-    `MaskedTrainerMixin`; the core is evaluated by generating, too, where the full network is."""
+    """`Seq2SeqTrainer` that trains a model and its core together; the core is evaluated by generating, too, where the full
+    network is.
+
+    Args, Raises, Cost and Source: those of `MaskedTrainerMixin`.
+    """
