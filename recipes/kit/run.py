@@ -63,7 +63,7 @@ def run_recipe(task: Task, args: RecipeArguments, training_args: Any) -> None:
         return
     chosen = choose_scales(runs)
     reports = describe_networks(task, out, training_args.per_device_eval_batch_size) if exported else []
-    text = summary(task, reports, chosen, args.compare or len(seeds) > 1)
+    text = summary(task, reports, chosen, args.compare or len(seeds) > 1, training_args.label_smoothing_factor)
     print(text)
     (out / "table.md").write_text(text, encoding="utf-8")
     if exported:
@@ -109,13 +109,16 @@ def plan_arms(task: Task, args: RecipeArguments, training_args: Any) -> list[Arm
     return with_requirements(arms, args.compare_arms)
 
 
-def summary(task: Task, reports: Sequence[NetworkReport], arms: Sequence[Sequence[Run]], compared: bool) -> str:
+def summary(
+    task: Task, reports: Sequence[NetworkReport], arms: Sequence[Sequence[Run]], compared: bool, smoothing: float
+) -> str:
     """The text that a recipe ends with: the command, the tables, and a sample from each network."""
     parts = [f"# {task.name}", f"`{command()}`"]
     if reports:
         parts.append(networks_table(reports, task.metrics))
     if compared:
-        parts += [comparison_table(arms, task.metrics), NOTE]
+        smoothed = f" Losses of arms are with label smoothing {smoothing}, those of the networks without."
+        parts += [comparison_table(arms, task.metrics), NOTE + (smoothed if smoothing else "")]
     parts += [said for said in (undertrained(arms), core_ahead(arms)) if said]
     parts += [f"Sample of the {report.name} network:\n\n```text\n{report.sample}\n```" for report in reports]
     return "\n\n" + "\n\n".join(parts) + "\n"
