@@ -1,18 +1,17 @@
 """Gradients travel between processes as the few entries that a mask keeps: a hook of DistributedDataParallel."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .masks import RandK, TopK
+from .tensor_reduction import Reduction
 from .types import StepInfo
 
 
-class CompressedReduction:
+class CompressedReduction(Reduction):
     """Every process sends what a mask keeps of its own gradient and error; the update uses the mean of what was sent.
 
         sent_w = p_w (.) (g_w + e_w),   e_w <- (1 - p_w) (.) (g_w + e_w),   g = 1/W sum over w of sent_w
@@ -40,12 +39,11 @@ class CompressedReduction:
                 f"got scope={rule.scope!r} with compressed communication; needs 'tensor', because gradients leave in buckets "
                 "while others are not known yet; set scope, or communicate, in --method_config"
             )
+        super().__init__()
         self.rule = rule
         self.feedback = feedback
-        self.bytes_sent = 0
         self._error: dict[str, torch.Tensor] = {}
         self._left_out: dict[str, torch.Tensor] = {}
-        self._networks: list[nn.Module] = []
 
     @property
     def per_process(self) -> bool:
@@ -66,21 +64,6 @@ class CompressedReduction:
         self._error.update(self._left_out)
         self._left_out.clear()
         return kept
-
-    def attach(self, network: nn.Module, names: Mapping[str, nn.Parameter], now: Callable[[], StepInfo]) -> None:
-        """Reduce this network's gradients from now on; nothing happens where it is attached already, or not distributed.
-
-        Args:
-            names: parameters by the name that the rule knows them by.
-            now: the update under way.
-        """
-        if network in self._networks or not isinstance(network, DistributedDataParallel):
-            return
-        self._networks.append(network)
-        self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in names.items()}
-        self._now = now
-        self._group: Any = network.process_group
-        network.register_comm_hook(self, CompressedReduction._reduce)
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Reduce one bucket: send the kept entries, and put the mean of what all have sent in the bucket's place."""

@@ -15,9 +15,8 @@ from .replay import Batch, ReplayBuffer
 from .types import Phase, StepInfo
 
 if TYPE_CHECKING:
-    from .compressed_reduction import CompressedReduction
     from .core_reduction import ReducedCore
-    from .tensor_reduction import TensorReduction
+    from .tensor_reduction import Reduction
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class CoreRun(Stepper):
     learning_rate_scale: float = 1.0
     wrapped: Any = None
     reduced: dict[Rung | None, "ReducedCore"] = field(default_factory=dict)
-    reduction: "CompressedReduction | TensorReduction | None" = None
+    reduction: "Reduction | None" = None
     splits: set[int] = field(default_factory=set)
     turns: list[int] = field(default_factory=list)
     first_ride: int | None = None

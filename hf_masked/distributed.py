@@ -16,7 +16,7 @@ from .hooks import JointHooks
 from .masked_optimizer import entries_of
 from .perturbations.subnets import Subnets
 from .schedules import Sum
-from .tensor_reduction import TensorReduction, keep_local, known_in_backward
+from .tensor_reduction import Reduction, TensorReduction, keep_local, known_in_backward
 from .types import Phase, StepInfo
 
 Tensors = Mapping[str, torch.Tensor]
@@ -120,7 +120,7 @@ class DistributedMixin(JointHooks):
     """The part of `MaskedTrainerMixin` that several processes need."""
 
     _workers: SubnetWorkers | None = None
-    _full_reduction: CompressedReduction | TensorReduction | None = None
+    _full_reduction: Reduction | None = None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -144,7 +144,7 @@ class DistributedMixin(JointHooks):
             inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             self._workers = SubnetWorkers(rule, full, self._trained(self.plan.full), inner)
 
-    def _reduction_of(self, phase: Phase) -> CompressedReduction | TensorReduction | None:
+    def _reduction_of(self, phase: Phase) -> Reduction | None:
         """What reduces a network's gradients in place of DistributedDataParallel, if anything has to."""
         if isinstance(phase.grad_mask, CompressedReduction):
             return phase.grad_mask

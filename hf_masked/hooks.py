@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from .audit import Audit
-    from .compressed_reduction import CompressedReduction
     from .core_run import CoreRun
     from .cores import Core
     from .diagnostics import Coverage
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from .optimization import Stepper
     from .plan import Plan
     from .second_pass import SkippedSteps
-    from .tensor_reduction import TensorReduction
+    from .tensor_reduction import Reduction
     from .types import Phase
 
     class JointHooks(Trainer):
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
         _audit: Audit | None
         _coverage: Coverage
         _workers: SubnetWorkers | None
-        _full_reduction: CompressedReduction | TensorReduction | None
+        _full_reduction: Reduction | None
 
         def _the_core(self) -> Core: ...
 

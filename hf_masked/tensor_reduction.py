@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,35 @@ def known_in_backward(rule: Mask | ParameterMask | None) -> bool:
     return looks_at_names(rule) or getattr(rule, "known_in_backward", False) if rule is not None else False
 
 
-class TensorReduction:
+class Reduction:
+    """A hook of DistributedDataParallel that reduces gradients in its place, and counts the bytes that this process hands over."""
+
+    def __init__(self) -> None:
+        self.bytes_sent = 0
+        # of one network there may be several, one for each of its sizes
+        self._networks: WeakSet[nn.Module] = WeakSet()
+
+    def attach(self, network: Any, names: Mapping[str, nn.Parameter], now: Callable[[], StepInfo]) -> None:
+        """Reduce this network's gradients from now on; nothing happens where it is attached already, or not distributed.
+
+        Args:
+            names: parameters by the name that rules know them by.
+            now: the update under way.
+        """
+        if network in self._networks or not isinstance(network, DistributedDataParallel):
+            return
+        self._networks.add(network)
+        self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in names.items()}
+        self._now = now
+        self._group: Any = network.process_group
+        network.register_comm_hook(self, type(self)._reduce)
+
+    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Reduce one bucket."""
+        raise NotImplementedError
+
+
+class TensorReduction(Reduction):
     """A hook of DistributedDataParallel that reduces the tensors that a mask keeps, leaves 0 in the others, and counts bytes.
 
         g <- p (.) 1/W sum over w of g_w,   p of whole tensors, the same on all of W processes
@@ -39,31 +68,13 @@ class TensorReduction:
     """
 
     def __init__(self, rule: Mask | ParameterMask | None = None):
+        super().__init__()
         self.rule = rule
-        self.bytes_sent = 0
         self.bytes_of_update = 0
         self._update: tuple[int, int] | None = None
         self._kept: Mapping[str, Any] = {}
-        self._networks: list[DistributedDataParallel] = []
-
-    def attach(self, network: Any, names: Mapping[str, nn.Parameter], now: Callable[[], StepInfo]) -> None:
-        """Reduce this network's gradients from now on; nothing happens where it is attached already, or not distributed.
-
-        Args:
-            names: parameters by the name that the rule knows them by.
-            now: the update under way.
-        """
-        if network in self._networks or not isinstance(network, DistributedDataParallel):
-            return
-        self._networks.append(network)
-        self._parameters = dict(names)
-        self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in names.items()}
-        self._now = now
-        self._group: Any = network.process_group
-        network.register_comm_hook(self, TensorReduction._reduce)
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Reduce one bucket."""
         self._ask()
         names = [self._names[parameter] for parameter in bucket.parameters()]
         gradients = bucket.gradients()
@@ -97,5 +108,5 @@ class TensorReduction:
         self._update, self.bytes_of_update = (info.step, info.update), 0
         if self.rule is not None:
             rule: Any = self.rule
-            values = {name: p.detach() for name, p in self._parameters.items()}
+            values = {name: p.detach() for p, name in self._names.items()}
             self._kept = rule(info, values, values) if getattr(rule, "needs_parameters", False) else rule(info, values)
