@@ -5,7 +5,8 @@
 A Llama and its low-rank core, gloo on processors. The updates of `alternate` and `ride_along` are those of two networks in turn;
 `blocks` (badam, lisa) trains one block of the full network after another. One update is forward, backward and reduction. All ways take turns in every round, and the
 median over rounds is reported, of this process's clock and of its processor; bytes are of the tensors that the profiler saw
-handed to gloo's all-reduce in one more update, 4 an entry.
+handed to gloo's all-reduce in one more update, 4 an entry. `within backward` is the share of the reductions' time in which backward
+went on, by DistributedDataParallel's own record.
 """
 
 from __future__ import annotations
@@ -35,7 +36,18 @@ from kit.machine import hardware, versions
 
 from benchmarks.clock import Taken
 
-Update = Callable[[str], None]  # of the part that it is told
+
+@dataclass
+class Way:
+    """A way to reduce.
+
+    Args:
+        update: makes one of the part that it is told.
+        wrapper: part -> what reduces it.
+    """
+
+    update: Callable[[str], None]
+    wrapper: Callable[[str], DistributedDataParallel]
 
 
 @dataclass
@@ -97,7 +109,7 @@ class Bench:
 
     # ---- two networks ----
 
-    def a_wrapper_each(self, core_looks: bool) -> Update:
+    def a_wrapper_each(self, core_looks: bool) -> Way:
         """The full network as Trainer wraps it by default."""
         full, core = self.networks()
         wrapped = {"full": self.wrap(full, True), "core": self.wrap(core, core_looks)}
@@ -107,9 +119,9 @@ class Bench:
             wrapped[part](**batch).loss.backward()
             wrapped[part].zero_grad()
 
-        return update
+        return Way(update, wrapped.__getitem__)
 
-    def one_wrapper(self, skips: bool) -> Update:
+    def one_wrapper(self, skips: bool) -> Way:
         """Both networks in one wrapper, which looks for what is not used, and may leave it out of the reduction."""
         both, rule, batch = Both(*self.networks()), Trained(), self.batch()
         wrapped = self.wrap(both, True)
@@ -121,11 +133,11 @@ class Bench:
             wrapped(part, **batch).loss.backward()
             wrapped.zero_grad()
 
-        return update
+        return Way(update, lambda part: wrapped)
 
     # ---- one block of one network ----
 
-    def blocks(self, held: bool, skips: bool, looks: bool) -> Update:
+    def blocks(self, held: bool, skips: bool, looks: bool) -> Way:
         """One wrapper; the other blocks' gradients are computed or `held` back, reduced or skipped."""
         full, rule, batch = self.networks()[0], Trained(), self.batch()
         wrapped = self.wrap(full, looks)
@@ -138,9 +150,9 @@ class Bench:
                 wrapped(**batch).loss.backward()
             wrapped.zero_grad()
 
-        return update
+        return Way(update, lambda part: wrapped)
 
-    def a_wrapper_per_block(self) -> Update:
+    def a_wrapper_per_block(self) -> Way:
         """Each made of one block's parameters; the others are held back."""
         full, batch = self.networks()[0], self.batch()
         wrapped = {}
@@ -153,7 +165,7 @@ class Bench:
                 wrapped[part](**batch).loss.backward()
             full.zero_grad()
 
-        return update
+        return Way(update, wrapped.__getitem__)
 
     # ---- all of them ----
 
@@ -161,7 +173,7 @@ class Bench:
         """What the updates of a cycle train."""
         return [f"model.layers.{i}." for i in range(self.layers)] if phases == "blocks" else ["full", "core"]
 
-    def ways(self, phases: str) -> dict[str, Callable[[], Update]]:
+    def ways(self, phases: str) -> dict[str, Callable[[], Way]]:
         """By name; the first is what the others are compared with."""
         if phases == "blocks":
             return {
@@ -180,20 +192,20 @@ class Bench:
 
     def measure(self, phases: str, rounds: int) -> list[dict[str, Any]]:
         """A row per way and kind of update."""
-        updates = {name: make() for name, make in self.ways(phases).items()}
+        ways = {name: make() for name, make in self.ways(phases).items()}
         kinds = self.parts(phases)
-        taken: dict[tuple[str, str], list[Taken]] = {(name, kind): [] for name in updates for kind in kinds}
+        taken: dict[tuple[str, str], list[Taken]] = {(name, kind): [] for name in ways for kind in kinds}
         for number in range(-2, rounds):
-            for name in list(updates)[:: 1 if number % 2 else -1]:
+            for name in list(ways)[:: 1 if number % 2 else -1]:
                 for kind in kinds:
                     dist.barrier()
                     started = Taken.stamp()
-                    updates[name](kind)
+                    ways[name].update(kind)
                     if number >= 0:
                         taken[name, kind].append(Taken.stamp() - started)
         rows = []
         for (name, kind), samples in taken.items():
-            sent = sent_by(lambda: updates[name](kind))  # noqa: B023, called at once
+            sent = sent_by(lambda: ways[name].update(kind))  # noqa: B023, called at once
             rows.append(
                 {
                     "phases": phases,
@@ -201,6 +213,7 @@ class Bench:
                     "update": kind.rstrip("."),
                     "ms": 1000 * statistics.median(s.wall for s in samples),
                     "processor_ms": 1000 * statistics.median(s.processor for s in samples),
+                    "overlap": overlap(ways[name].wrapper(kind)),
                     "bytes": sent,
                     "bytes_of_part": self.bytes_of(kind),
                 }
@@ -224,6 +237,13 @@ def only(network: nn.Module, part: str) -> Iterator[None]:
         p.requires_grad_(True)
 
 
+def overlap(wrapped: DistributedDataParallel) -> float:
+    """The share of the time of its reductions in which backward went on, by its own record."""
+    record = wrapped._get_ddp_logging_data()
+    within: float = record["avg_backward_compute_comm_overlap_time"] / record["avg_backward_comm_time"]
+    return within
+
+
 def sent_by(update: Callable[[], None]) -> int:
     """Bytes that this process hands to all-reduce meanwhile."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
@@ -234,15 +254,18 @@ def sent_by(update: Callable[[], None]) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """In markdown: means over the updates of a cycle where they are alike, blocks that is."""
-    lines = ["| phases | way | update | ms | processor ms | bytes reduced | / bytes of what it trains |",
-             "|---|---|---|---:|---:|---:|---:|"]  # fmt: skip
+    lines = ["| phases | way | update | ms | processor ms | bytes reduced | / bytes of what it trains | within backward |",
+             "|---|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     keys = dict.fromkeys((r["phases"], r["way"], "block" if r["phases"] == "blocks" else r["update"]) for r in rows)
     for phases, way, kind in keys:
         alike = [r for r in rows if (r["phases"], r["way"]) == (phases, way) and kind in ("block", r["update"])]
-        ms, processor, sent, part = (
-            statistics.mean(r[field] for r in alike) for field in ("ms", "processor_ms", "bytes", "bytes_of_part")
+        ms, processor, sent, part, within = (
+            statistics.mean(r[field] for r in alike)
+            for field in ("ms", "processor_ms", "bytes", "bytes_of_part", "overlap")
         )
-        lines.append(f"| {phases} | {way} | {kind} | {ms:.0f} | {processor:.0f} | {sent:,.0f} | {sent / part:.3f} |")
+        lines.append(
+            f"| {phases} | {way} | {kind} | {ms:.0f} | {processor:.0f} | {sent:,.0f} | {sent / part:.3f} | {within:.2f} |"
+        )
     return "\n".join(lines)
 
 

@@ -28,13 +28,7 @@ from hf_masked.types import Network, StepInfo
 
 CYCLE: list[tuple[Network, ...]] = [("full",), ("core",), ("full", "core", "core"), ("sum",)]
 OPTIONS: dict[str, Any] = {
-    **{
-        "method": "sam",
-        "moments": "shared",
-        "distill_buffer": 8,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 25,
-    },
+    **{"moments": "shared", "distill_buffer": 8, "per_device_train_batch_size": 2, "logging_steps": 25},
     **{"eval_strategy": "steps", "eval_steps": 50, "save_strategy": "steps", "save_steps": 50, "save_total_limit": 2},
 }
 EVERY = 100
@@ -75,9 +69,9 @@ class Look(TrainerCallback):
 
 def leg(folder: Path, steps: int, look: Look) -> int:
     """Train from the newest checkpoint to where the run is to be resumed next; the step there."""
-    options = OPTIONS | {"max_steps": steps, "core": "low_rank", "core_config": {"rank": 4, "split_every": 300}}
+    options = OPTIONS | {"max_steps": steps, "core": "low_rank", "core_config": {"rank": 4, "split_every": 150}}
     args = arguments(folder, **options)
-    plan = replace(args.make_plan(), schedule=cycle)
+    plan = replace(arguments(folder, **options, method="sam").make_plan(), schedule=cycle)
     data = {"train_dataset": rows(64), "eval_dataset": rows(8, seed=1)}
     trainer = MaskedTrainer(tiny("gpt2", dropout=0.1), args, plan=plan, callbacks=[look], **data)
     trainer.train(resume_from_checkpoint=bool(look.seen))

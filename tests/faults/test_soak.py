@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).resolve().parent
-pytestmark = pytest.mark.slow
 
 
 def soak(folder: Path, *options: str) -> dict[str, Any]:
@@ -26,6 +25,12 @@ def soak(folder: Path, *options: str) -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def test_a_short_one_runs(tmp_path: Path) -> None:
+    told = soak(tmp_path, "--steps", "200", "--resume_every", "100", "--warm_up", "100")
+    assert told["legs"] == 2 and told["growth per 1,000 steps"]["handles"] == 0
+
+
+@pytest.mark.slow
 def test_nothing_grows(tmp_path: Path) -> None:
     told = soak(tmp_path)
     slopes = told["growth per 1,000 steps"]
@@ -34,6 +39,7 @@ def test_nothing_grows(tmp_path: Path) -> None:
     assert slopes["MB"] < 2, "the log in memory takes less"
 
 
+@pytest.mark.slow
 def test_a_leak_is_seen(tmp_path: Path) -> None:
     """Negative control: a copy of 120 kB is kept of every step, and an open file of 10 kB of every 50th."""
     slopes = soak(tmp_path, "--steps", "600", "--warm_up", "200", "--leak")["growth per 1,000 steps"]
