@@ -7,7 +7,7 @@ found once, at each of its sizes, by a pass that leaves no trace; it is wrapped 
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,30 +120,25 @@ class CoreReductionMixin(SecondPassMixin):
 
         Raises: RuntimeError where other parameters get a gradient than did in the first update.
         """
-        if not last:
-            with self.accelerator.no_sync(network):
-                yield
-            return
         known = next((r for r in self._core.reduced.values() if r.network is network), None)
-        if known is None:
-            yield
-            return
         found: list[str] = []
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: found.append(name))
-            for name, parameter in known.left_out.items()
+            for name, parameter in (known.left_out if known is not None else {}).items()
         ]
         try:
-            yield
+            with nullcontext() if last else self.accelerator.no_sync(network):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
-        self._refuse_others(known, found)
+        if known is not None:
+            self._refuse_others(known, found)
 
     def _refuse_others(self, core: ReducedCore, found: list[str]) -> None:
         missing = None
         try:
-            uncompiled(core.network)._check_reducer_finalized()
+            uncompiled(core.network)._check_reducer_finalized()  # as nothing is begun where nothing is to be sent yet
         except RuntimeError as error:
             missing = error
         if missing is None and not found:

@@ -145,16 +145,18 @@ class Sometimes(GPT2LMHeadModel):
         return outputs
 
 class Clock(TrainerCallback):
-    step = 0
+    step = microbatch = 0
     def on_step_begin(self, args, state, control, **kwargs):
-        self.step = state.global_step
+        self.step, self.microbatch = state.global_step, 0
+    def on_substep_end(self, *args, **kwargs):
+        self.microbatch = 1
 
 clock = Clock()
-def sometimes(when, **options):
+def sometimes(when, schedule=ride, **options):
     model = tiny("gpt2")
     model.__class__ = type("Now", (Sometimes,), {"when": staticmethod(when)})
     model.transformer.extra = torch.nn.Parameter(torch.ones(3))
-    trainer, wire = run(MaskedTrainer, model, step=3, callbacks=[clock], remove_unused_columns=False, **low_rank, schedule=ride, **options)
+    trainer, wire = run(MaskedTrainer, model, step=3, callbacks=[clock], remove_unused_columns=False, **low_rank, schedule=schedule, **options)
     extra = trainer.core_model.transformer.extra.detach().tolist()
     return {"looks": uncompiled(trainer._core.wrapped).find_unused_parameters, "extra": extra, "core": wire["rides"]}
 
@@ -166,6 +168,11 @@ for name, when in {"later": lambda step: step > 1, "earlier": lambda step: step 
     except RuntimeError as error:
         told["varies"][name] = str(error)
     told["varies"][name + " allowed"] = bool(sometimes(when, ddp_find_unused_parameters=True))
+try:
+    first = lambda step: step > 2 and clock.microbatch == 0
+    sometimes(first, schedule="alternate", gradient_accumulation_steps=2)
+except RuntimeError as error:
+    told["varies"]["in one microbatch"] = str(error)
 told["one process"] = sometimes(lambda step: rank == 0)
 told["never"] = sometimes(lambda step: False)
 told["always"] = sometimes(lambda step: True)
@@ -280,6 +287,12 @@ def test_a_core_that_uses_other_parameters_later_is_refused_by_the_flag_s_name(
         run = told(folder, rank)["varies"]
         assert run[name].startswith(f"{words} transformer.extra of the core 'core' in update step 2"), run[name]
         assert "set --ddp_find_unused_parameters true" in run[name] and run[f"{name} allowed"]
+
+
+def test_a_gradient_of_one_microbatch_is_seen_too(folder: Path) -> None:
+    """It would be a part of the update on the process that has it."""
+    said = told(folder)["varies"]["in one microbatch"]
+    assert said.startswith("got a gradient of transformer.extra of the core 'core' in update step 3"), said
 
 
 def test_what_one_process_alone_uses_is_looked_for(folder: Path) -> None:
