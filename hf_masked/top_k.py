@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
-# entries of the logits worked on at once: 1 MiB in float32 on a processor; on an accelerator as many as keep it busy, and what is
-# written and read again as often as its cache holds
-_CPU_ENTRIES, _SELECTED, _SHARED = 2**18, 2**28, 2**23
+# entries of the logits worked on at once: 1 MiB in float32 on a processor; on an accelerator many in a selection, and as many shares
+# as its cache holds, which are written and read again
+_CPU_ENTRIES, _AT_ONCE, _CACHED = 2**18, 2**28, 2**23
 
 
 def top_k_and_rest(
@@ -32,22 +32,24 @@ def top_k_and_rest(
     """
     shape, classes = logits.shape[:-1], logits.shape[-1]
     rows = logits.reshape(-1, classes)
-    selected, shared = (_SELECTED, _SHARED) if rows.device.type != "cpu" else (_CPU_ENTRIES, _CPU_ENTRIES)
+    few, many = (_CPU_ENTRIES, _CPU_ENTRIES) if rows.device.type == "cpu" else (max(_CACHED, 256 * classes), _AT_ONCE)
     if entries is not None:
-        selected = shared = entries
+        few = many = entries
     values = torch.empty(len(rows), k, device=rows.device)
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
-    rest = torch.empty(len(rows), device=rows.device)
-    scratch = torch.empty(min(len(rows), max(1, shared // classes)), classes, device=rows.device)
-    for some in _slices(0, len(rows), max(1, selected // classes)):
+    theirs, others = torch.empty_like(values), torch.empty(len(rows), device=rows.device)
+    scratch = torch.empty(min(len(rows), max(1, few // classes)), classes, device=rows.device)
+    for some in _slices(0, len(rows), max(1, many // classes)):
         largest, indices[some] = top_k(rows[some], k)
         values[some] = largest.float() / temperature
         for here in _slices(some.start, some.stop, max(1, len(scratch))):
             scaled = rows[here] if temperature == 1.0 else rows[here] / temperature
             shares = torch.softmax(scaled, -1, dtype=torch.float32, out=scratch[: len(scaled)])
-            whole = values[here].amax(-1) - shares.gather(-1, indices[here]).amax(-1).log_()
+            torch.gather(shares, -1, indices[here], out=theirs[here])
             # taken out rather than subtracted from the sum, which would cancel
-            rest[here] = shares.scatter_(-1, indices[here], 0.0).sum(-1).log_() + whole
+            torch.sum(shares.scatter_(-1, indices[here], 0.0), -1, out=others[here])
+    # a share is exp(z - log of the sum of all exp z)
+    rest = values.amax(-1) - theirs.amax(-1).log_() + others.log_()
     return values.reshape(*shape, k), indices.reshape(*shape, k), rest.reshape(shape)
 
 
