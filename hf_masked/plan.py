@@ -18,7 +18,8 @@ class Plan:
         full, core: how. For a "sum" update the core's loss weight and distillation are those of `core`, and
             `full` fills the slots, since the one update moves the parameters of both.
 
-    Raises: ValueError for a phase of the other network, and for a mask whose gradients travel compressed under "sum".
+    Raises: TypeError for a schedule that is no function; ValueError for a phase of the other network, and for a mask whose gradients
+        travel compressed under "sum".
 
     >>> from hf_masked.schedules import Alternate
     >>> plan = Plan(Alternate(), core=Phase("core", distill_weight=0.5))

@@ -67,7 +67,7 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
         Everything else is Trainer's.
 
     Raises, at construction: ValueError for what cannot be trained jointly, or would be ignored; TypeError for a core and
-        arguments without those fields, and for Trainer in front of this class; NotADirectoryError, PermissionError or
+        arguments without those fields, for a plan that is none, and for Trainer in front of this class; NotADirectoryError, PermissionError or
         FileExistsError for an output_dir that `export` could not write to.
 
     Cost: the core's parameters and training state, its own updates, `distill_buffer` batches with their largest logits in main

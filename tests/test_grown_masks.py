@@ -9,7 +9,6 @@ import pytest
 import torch
 from architectures import architecture
 from common import arguments, difference, fit, rows, tiny, values
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_masked import (
@@ -22,7 +21,7 @@ from hf_masked import (
     get_core,
     to_semi_structured,
 )
-from hf_masked.cores.semi_structured import _in_rows, is_two_of_four
+from hf_masked.cores.semi_structured import is_two_of_four
 
 INFO = StepInfo(0, 10)
 GROWING = {"sparsity": 0.8, "grow_every": 2, "grow_share": 0.25}
@@ -164,27 +163,3 @@ def test_semi_structured_is_refused_with_the_reason(tmp_path: Path) -> None:
         export(model, tmp_path, core_format="semi_structured")
     with pytest.raises(ValueError, match=r"got no 2:4 sparse nn.Linear"):
         to_semi_structured(tiny())
-
-
-class Called(TorchDispatchMode):
-    """Names of the operations that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("size, stride", [((1, 5, 8), (1, 8, 1)), ((1, 5, 8), (1, 1, 5)), ((2, 5, 8), (1, 2, 10))])
-def test_batches_are_multiplied_as_rows(size: tuple[int, ...], stride: tuple[int, ...]) -> None:
-    """Of what torch calls for a batch, the semi-structured format has the product of two matrices, not `expand`."""
-    x, weight = torch.empty_strided(size, stride).normal_(), torch.randn(3, 8)
-    with torch.no_grad(), Called() as plain:
-        expected = x @ weight.T
-    (rows,) = _in_rows(torch.nn.Identity(), (x,))
-    with torch.no_grad(), Called() as called:
-        torch.testing.assert_close(rows @ weight.T, expected)
-    assert "expand" in plain.names and "expand" not in called.names and "mm" in called.names

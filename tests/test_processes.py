@@ -1,7 +1,7 @@
 """Two processes are one process: the same global batch gives the same networks and the same log, to rounding.
 
-One process takes the two processes' batches as the microbatches of one update, since a first pass (SAM's) is made per
-process and per microbatch, with nothing communicated.
+One process takes the two processes' batches of 4 as one of 8; under SAM as the microbatches of one update, since a first pass is
+made per process and per microbatch, with nothing communicated.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ for name, options in runs.items():
     if on_gpu and name not in on_gpu:
         continue
     trainer = fit(folder / "run", architecture("gpt2").build(n_layer=3 if name == "depths" else 2).double(), **options, optim="sgd", learning_rate=0.05, max_steps=4,
-                  gradient_accumulation_steps=1 if several else 2, ddp_backend="gloo" if several else None, use_cpu=not on_gpu,
+                  **{} if several else {"gradient_accumulation_steps": 2} if name == "sam" else {"per_device_train_batch_size": 8}, ddp_backend="gloo" if several else None, use_cpu=not on_gpu,
                   trainer_options={"train_dataset": rows(16)})
     if trainer.is_world_process_zero():
         found = values(trainer.accelerator.unwrap_model(trainer.model))

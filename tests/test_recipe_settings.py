@@ -106,6 +106,16 @@ def test_settings_are_refused_before_any_data(name: str, tmp_path: Path) -> None
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("flags", [[], ["--core", "none"]], ids=["joint", "methods"])
+def test_a_file_for_a_folder_is_refused_before_any_data(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("in the way")
+    recipe: Any = text_classification if flags else causal_lm
+    given = [*(CLASSES if flags else ["--max_steps", "2"]), *flags, "--report_to", "none"]
+    with pytest.raises(NotADirectoryError, match=r"out is a file; set --output_dir"):
+        recipe.main([*given, "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")])
+    assert not (tmp_path / "cache").exists()
+
+
 # --- methods in a comparison -------------------------------------------------------------------------------------------
 
 

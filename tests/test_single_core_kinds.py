@@ -12,14 +12,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers as tf
 from architectures import architecture
 from common import arguments, difference, values
-from core_kinds import Kind, inside_sparse
+from core_kinds import Kind, bypass, inside_sparse
 from test_architectures import cast, distance, logits
 from test_core_kinds import ALL, train
-from transformers import (
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 from hf_masked import (
     Core,
@@ -98,6 +97,37 @@ def test_layer_types_follow_the_kept_blocks() -> None:
         assert torch.equal(core.generate(**prompt, **greedy), without)
         with core_mode(model):
             assert torch.equal(model.generate(**prompt, **greedy), without)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "beit", "longformer"])
+def test_other_lists_of_blocks_in_a_config_follow_too(name: str, tmp_path: Path) -> None:
+    """Names of the features that a backbone gives, and windows of attention; against the blocks bypassed in the full network."""
+    sizes: Any = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    images: Any = {"image_size": 16, "patch_size": 8, "num_labels": 5}
+    windows = [4, 8, 4, 8]
+    model_class, options, inputs = {
+        "dinov2": (tf.Dinov2ForImageClassification, tf.Dinov2Config(**sizes, **images), {"pixel_values": torch.randn(2, 3, 16, 16)}),
+        "beit": (tf.BeitForImageClassification, tf.BeitConfig(**sizes, **images), {"pixel_values": torch.randn(2, 3, 16, 16)}),
+        "longformer": (
+            tf.LongformerForMaskedLM,
+            tf.LongformerConfig(**sizes, vocab_size=99, attention_window=windows, max_position_embeddings=64),
+            {"input_ids": torch.randint(3, 99, (1, 40))},
+        ),
+    }[name]  # fmt: skip
+    full = model_class(options).eval()
+    model = add_core(copy.deepcopy(full), DepthCoreConfig(keep=[1, 3]))
+    export(model, tmp_path)
+    ((stack, _),) = get_core(model).kept.items()
+    with torch.no_grad():
+        expected = bypass(full, [f"{stack}.{i}" for i in (0, 2)])(**inputs).logits
+        found = model_class.from_pretrained(tmp_path, subfolder="core")(**inputs).logits
+        assert torch.equal(found, expected) and distance(found, model(**inputs).logits) > 1e-3
+    config = extract_core(model).config
+    if name == "longformer":
+        assert config.attention_window == [8, 8] and model.config.attention_window == windows
+    else:
+        assert (config.out_features, config.out_indices, len(config.stage_names)) == (["stage2"], [2], 3)
+        assert model.config.out_features == ["stage4"]
 
 
 def test_encoder_and_decoder_apart() -> None:

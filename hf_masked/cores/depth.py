@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .base import Core, CoreConfig, require
 from .cutting import Part
@@ -27,7 +27,7 @@ _COUNTS = (
 )
 _KEEPS = ("keep", "keep_encoder", "keep_decoder")
 # what a block has for where it stands, or for how it is run; T5's first block has the position biases of all
-_OF_ITS_PLACE = ("layer_idx", "has_relative_attention_bias", "training", "gradient_checkpointing")
+_OF_ITS_PLACE = ("layer_idx", "layer_id", "has_relative_attention_bias", "training", "gradient_checkpointing")
 
 
 @dataclass
@@ -194,7 +194,9 @@ class DepthCore(ResizedCore):
         for stack in self.kept:
             for path, mine in self.model.get_submodule(stack).named_modules(prefix=stack):
                 theirs = modules.get(self._in_full(path))
-                if path == stack or theirs is None:  # what stands in the first place only; its tensors were found
+                # what stands in the first place only, whose tensors were found; and stochastic depth, whose rate the class
+                # makes rise along any stack
+                if path == stack or theirs is None or path.endswith(".drop_path"):
                     continue
                 if type(mine) is not type(theirs) or _plain_options(mine) != _plain_options(theirs):
                     raise ValueError(
@@ -262,8 +264,25 @@ def _with_layer_lists(
 ) -> Changes:
     """The changes with every list of one entry per block (`layer_types`, ...) cut to the kept ones."""
     config = sub_configs(full.config)[part]
-    lists = {k: v for k, v in vars(config).items() if "layer" in k and isinstance(v, list) and len(v) == count}
-    return {part: values | {name: [entries[i] for i in kept] for name, entries in lists.items()}}
+    # Longformer's windows; LED has as many, of whichever of its two stacks
+    named = {k for k in vars(config) if "layer" in k or (k == "attention_window" and "num_hidden_layers" in values)}
+    lists = {k: v for k, v in vars(config).items() if k in named and isinstance(v, list) and len(v) == count}
+    cut = {name: [entries[i] for i in kept] for name, entries in lists.items()}
+    return {part: values | cut | _stages(config, count, kept)}
+
+
+def _stages(config: PreTrainedConfig, count: int, kept: list[int]) -> dict[str, Any]:
+    """What a config that can be a backbone's (DINOv2, BEiT) says of the features after the embeddings and after every block: those
+    of kept blocks stay asked for, or the last."""
+    names = vars(config).get("stage_names") or []
+    if len(names) != count + 1:
+        return {}
+    asked = [n for n, block in enumerate(kept, start=1) if names[block + 1] in config.out_features] or [len(kept)]
+    return {
+        "stage_names": names[: len(kept) + 1],
+        "_out_features": [names[n] for n in asked],
+        "_out_indices": asked,
+    }
 
 
 def _plain_options(module: nn.Module) -> dict[str, Any]:

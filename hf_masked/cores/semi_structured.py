@@ -5,6 +5,8 @@ from torch import nn
 from torch.sparse import to_sparse_semi_structured
 from transformers import PreTrainedModel
 
+from .modules import parent_and_name
+
 
 def to_semi_structured(model: PreTrainedModel) -> PreTrainedModel:
     """Put the weights of all 2:4 sparse linear layers into torch's semi-structured format, in place, for inference.
@@ -47,17 +49,28 @@ def to_semi_structured(model: PreTrainedModel) -> PreTrainedModel:
                 f"got {what} for core_format 'semi_structured'; needs a 2:4 sparse model in half precision on a GPU of compute "
                 f"capability 8.0, because {reason}; or use core_format 'dense', which keeps the zeros"
             )
-    for layer in layers.values():
-        layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
-        layer.register_forward_pre_hook(_in_rows)
+    for path, layer in layers.items():
+        parent, name = parent_and_name(model, path)
+        setattr(parent, name, SemiStructuredLinear(layer))
     return model
 
 
-def _in_rows(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Outputs of these layers are transposed in memory, and torch makes rows of batches for them only where all strides are those
-    of rows, which `contiguous` does not see to in dimensions of size 1."""
-    x = inputs[0]
-    return (x.reshape(-1, x.shape[-1]).contiguous().view(x.shape), *inputs[1:])
+class SemiStructuredLinear(nn.Linear):
+    """A linear layer of 2:4 zeros that multiplies all rows of a batch as one matrix.
+
+    Torch's format multiplies matrices only; more dimensions are made one where they lie in order, which the outputs of such
+    layers, transposed in memory, do not.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
+        self.bias = layer.bias
+        self.train(layer.training)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = nn.functional.linear(input.flatten(0, -2), self.weight, self.bias)
+        return rows.unflatten(0, input.shape[:-1])
 
 
 def is_two_of_four(weight: torch.Tensor) -> bool:

