@@ -194,14 +194,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """Which cores take as long as the full model, or longer."""
-    slow = [
-        f"{row['core']} at width {row['width']}, batch {row['batch']} ({title} {row[what]:.2f})"
-        for row in rows
-        for what, title in TIMES.items()
-        if row["core"] != "full" and row.get(what, 0) >= 1
-    ]
-    return f"Does not pay: {'; '.join(slow)}." if slow else "Every core is faster than its full model."
+    """Which cores take as long as the full model, or longer, and in what."""
+    slow: dict[str, list[str]] = {}
+    for row in rows:
+        whats = [title for what, title in TIMES.items() if row["core"] != "full" and row.get(what, 0) >= 1]
+        if whats:
+            slow.setdefault(f"{row['width']}, {row['batch']} ({' / '.join(whats)})", []).append(row["core"])
+    said = "; ".join(f"{where}: {', '.join(cores)}" for where, cores in slow.items())
+    return f"Does not pay at {said}." if slow else "Every core is faster than its full model."
 
 
 if __name__ == "__main__":
