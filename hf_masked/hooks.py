@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         hub_model_id: Any
         current_gradient_accumulation_steps: int
         core_model: nn.Module
+        _planned_for: nn.Module
         _trains_slots: bool
         _joint: bool
         _step: UpdateStep | None
@@ -48,6 +49,12 @@ if TYPE_CHECKING:
         _coverage: Coverage
         _workers: SubnetWorkers | None
         _full_reduction: Reduction | None
+
+        def _plan_run(self) -> None: ...
+
+        def _begin_run(self, buffer: int) -> None: ...
+
+        def _wrap_core(self, network: nn.Module) -> Any: ...
 
         def _the_core(self) -> Core: ...
 

@@ -1,18 +1,14 @@
-"""Checkpoints, exports and the Hub: every folder that is written holds the stock full model and its cores beside it."""
+"""Checkpoints and exports: every folder that is written holds the stock full model and its cores beside it."""
 
-import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints, sort_checkpoints
-from transformers.utils import PushInProgress
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import joint_state, method_state
 from .checkpoints import clear_aside, folder_aside, last_complete_checkpoint, publish, withdraw
-from .checksums import NAME as CHECKSUMS
 from .checksums import check_checksums, write_checksums
 from .core_run import warn_untrained
 from .cores import get_cores
@@ -23,23 +19,16 @@ from .cores.sharded import is_sharded, refuse_resuming
 from .durable import flush_all
 from .export import export
 from .full_state import load_full
-from .model_card import add_core_section
-from .training_state import FOLDER, TrainingStateMixin
+from .hub import HubMixin
+from .training_state import TrainingStateMixin
 from .types import Phase
 
-logger = logging.getLogger(__name__)
-# what a pushed folder leaves out: what only resuming needs
-_NOT_A_PRODUCT = ["_*", ".export-*", "checkpoint-*", "joint/*", f"{FOLDER}/*", CHECKSUMS]
 
-
-class JointSavingMixin(TrainingStateMixin):
+class JointSavingMixin(HubMixin, TrainingStateMixin):
     """The saving and loading half of `MaskedTrainerMixin`."""
 
-    _in_checkpoint = False
     _between_steps = False
     _stopping = False
-    _pushed: frozenset[str] = frozenset()
-    push_in_progress: Any
 
     # ---- saving ----
 
@@ -235,67 +224,7 @@ class JointSavingMixin(TrainingStateMixin):
         if self._joint and checkpoint is not None:
             joint_state.load_training(checkpoint, self._core_training(), self.args.device)
 
-    # ---- the Hub ----
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
-        if self._joint and self.is_world_process_zero():
-            add_core_section(
-                Path(self.args.output_dir, "README.md"), self.model, self.state.log_history, self.hub_model_id
-            )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """A checkpoint is an export already: push what of it is a product, straight from where it lies. As Trainer's pushes, in
-        the background, one at a time unless `--hub_always_push`, and what fails is only told."""
-        if self._in_checkpoint:
-            return  # it is pushed once it has its name
-        if not self._trains_slots:
-            return super()._push_from_checkpoint(checkpoint_folder)
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if pushing and not self.args.hub_always_push:
-            return
-        from huggingface_hub import upload_folder
-
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        message = f"Training in progress, step {self.state.global_step}"
-        push: Any = partial(
-            upload_folder,
-            repo_id=self.hub_model_id,
-            revision=self.args.hub_revision,
-            token=self.args.hub_token,
-            folder_path=checkpoint_folder,
-            run_as_future=True,
-        )
-        jobs: Any = [push(commit_message=message, ignore_patterns=_NOT_A_PRODUCT)]
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            path = "last-checkpoint" if last else Path(checkpoint_folder).name
-            jobs.append(push(path_in_repo=path, commit_message=f"{message}, checkpoint"))
-        for job in jobs:
-            job.add_done_callback(_tell_failure)
-        if pushing:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
-        self._pushed = (self._pushed if pushing else frozenset()) | {checkpoint_folder}
-
-    def _rotate(self, run_dir: str) -> None:
-        """Remove older checkpoints as Trainer does, and none while a push reads it."""
-        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-        there = sort_checkpoints(run_dir, use_mtime=True)
-        oldest = [checkpoint for checkpoint in there if checkpoint != best]
-        if limit and self._pushed.intersection(oldest[: max(0, len(there) - limit)]):
-            self._finish_current_push()
-        rotate_checkpoints(run_dir, limit, best, use_mtime=True)
-
 
 def _says_the_disk(error: Exception) -> bool:
     """Whether the operating system said no; safetensors and torch.save have errors of their own for that."""
     return getattr(error, "errno", None) is not None or "os error" in str(error) or "PytorchStreamWriter" in str(error)
-
-
-def _tell_failure(job: Any) -> None:
-    if (error := job.exception()) is not None:
-        logger.warning("a push to the Hub failed (%s: %s); training goes on", type(error).__name__, error)

@@ -1,7 +1,7 @@
 """`Trainer` with a core inside: a mixin over the hooks that Trainer means subclasses to override.
 
-Here: what is made before the first step. `update_step.py` makes the updates, `riding.py` those that follow,
-`reporting.py` evaluates and logs both networks, `saving.py` saves, resumes and pushes them.
+Here: what is made of a model and its arguments. `preparation.py` makes the optimizers, `update_step.py` the updates, `riding.py`
+those that follow; `reporting.py` evaluates and logs both networks, `saving.py` saves, resumes and pushes them.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_callback import ProgressCallback
@@ -19,42 +18,34 @@ from .audit import Audit
 from .core_run import CoreRun, make_runs
 from .cores import Core, add_core, get_core, get_cores, has_core
 from .cores.attached import detach_cores, refuse_changed
-from .cores.modules import mirror_checkpointing, unwrap
+from .cores.modules import unwrap
 from .diagnostics import Coverage
 from .diagnostics_report import DiagnosticsReport
 from .distillation import YieldingWeight
 from .distributed import DistributedMixin
 from .export import check_free, check_writable
 from .ignored import refuse_beside_plan, refuse_core_options, refuse_core_phases, refuse_other_cores
-from .loss_scale import own_scaler
-from .masked_optimizer import MaskedSteps
 from .meters import JointProgressCallback, LossMeter
 from .methods.checks import refuse_meaningless
 from .optimization import (
-    Stepper,
-    add_core_parameters,
-    make_core_optimizer,
-    make_core_scheduler,
     refuse_late_splits,
     refuse_no_split,
     refuse_own_optimizer,
     refuse_rungs,
     refuse_unsupported,
-    split_steps,
-    updates_of,
 )
 from .perturbations.subnets import Subnets
 from .plan import Plan
+from .preparation import PreparationMixin
 from .replay import ReplayBuffer
 from .reporting import JointReportingMixin, refuse_eval_names
 from .riding import RidingMixin
 from .saving import JointSavingMixin
-from .schedules import FullOnly, Sum
+from .schedules import FullOnly
 from .second_pass import SkippedSteps, refuse_phases
-from .types import Network
 
 
-class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, JointSavingMixin):
+class MaskedTrainerMixin(PreparationMixin, RidingMixin, DistributedMixin, JointReportingMixin, JointSavingMixin):
     """Joint training of a full network and its core, for any `Trainer`: `class Mine(MaskedTrainerMixin, SFTTrainer)`.
 
     Update step t trains the networks that `plan.schedule` names, each by x <- x - lr p (.) g(x + dx) with the dx and p of its
@@ -212,71 +203,6 @@ class MaskedTrainerMixin(RidingMixin, DistributedMixin, JointReportingMixin, Joi
     @property
     def _joint(self) -> bool:  # type: ignore[override]
         return self._trains_slots and has_core(self.model)
-
-    # ---- optimizers and learning-rate curves ----
-
-    def _one_state(self) -> bool:
-        moments = self.args.moments or ("shared" if isinstance(self.plan.schedule, Sum) else "per_phase")
-        return moments == "shared"
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self._planned_for is not unwrap(self.model):
-            # model_init has made another one since, perhaps for another trial
-            self._plan_run()
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if fresh and self._joint and self._one_state():
-            add_core_parameters(optimizer, self, self._the_core(), self.model)
-        return optimizer
-
-    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        if not self._joint:
-            refuse_core_phases(self.plan, num_training_steps, getattr(self.args, "mask_seed", 0))
-            self._mask_steps_of(self.optimizer)
-            return super().create_scheduler(num_training_steps, *args, **kwargs)
-        for run in self._cores:
-            run.plan.validate(num_training_steps, self.args.mask_seed)
-        span = self._span(self.plan, "full", num_training_steps)
-        scheduler = super().create_scheduler(span, *args, **kwargs)
-        for run in self._cores:
-            self._prepare_core(run, num_training_steps)
-        self._full = Stepper(self.optimizer, self.lr_scheduler)
-        self._mask_steps_of(self.optimizer, *(run.optimizer for run in self._cores))
-        self._full.take_rates()
-        self._begin_run(buffer=self.args.distill_buffer)
-        return scheduler
-
-    def _span(self, plan: Plan, network: Network, max_steps: int) -> int:
-        return updates_of(plan, network, max_steps, self.args.mask_seed, self.args.lr_curve)
-
-    def _prepare_core(self, run: CoreRun, max_steps: int) -> None:
-        """Everything that a core's updates need; called once Trainer has prepared the full network's."""
-        core = get_core(self.model, run.name)
-        core.sync(self.model)
-        for network in core.networks:
-            mirror_checkpointing(self.model, network)
-        run.wrapped, run.reduced = self._wrap_core(core.model), {}
-        if self._one_state():
-            run.optimizer = self.optimizer
-        else:
-            create = super().create_optimizer
-            with own_scaler(self.accelerator):
-                run.optimizer = self.accelerator.prepare_optimizer(make_core_optimizer(self, core, create))
-        span = self._span(run.plan, "core", max_steps)
-        create_scheduler = super().create_scheduler
-        run.scheduler = make_core_scheduler(
-            self, lambda: create_scheduler(span, optimizer=run.optimizer), run.optimizer, run.learning_rate_scale
-        )
-        run.first_ride = run.plan.first_ride(max_steps, self.args.mask_seed)
-        run.splits = split_steps(core.config, run.plan.schedule, max_steps, self.args.mask_seed)
-        run.set_begin(core.config.coupling, max_steps, self.args.mask_seed)
-        run.turns = run.plan.turns(max_steps, self.args.mask_seed) if core.nested else []
-
-    def _mask_steps_of(self, *optimizers: Any) -> None:
-        phases = [self.plan.full, *(run.phase for run in self._cores)]
-        masked = any(phase.update_mask is not None for phase in phases)
-        distinct = {id(o): getattr(o, "optimizer", o) for o in optimizers}
-        self._masked_steps = [MaskedSteps(o) for o in distinct.values()] if masked else []
 
 
 def _switches_on(model: Any, args: Any, plan: Plan | None) -> bool:
