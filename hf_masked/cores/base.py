@@ -114,7 +114,7 @@ class Core(ABC):
         frozen: (full parameter, core parameter) pairs where the core reads the full network's values and core steps
             leave them alone; both tensors use one storage.
 
-    Raises: NotImplementedError from what a kind has to say and does not; ValueError from `at_rung`.
+    Raises: TypeError for a kind that leaves out one of those three; ValueError from `at_rung`.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from hf_masked import DepthCoreConfig, add_core, get_core

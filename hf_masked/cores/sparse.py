@@ -36,7 +36,10 @@ class ParametrizedCore(Core):
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32))
-    >>> core = ParametrizedCore(model, SparseCoreConfig(), ["transformer.h.0.mlp.c_fc"], nn.Sigmoid)
+    >>> class Squashed(ParametrizedCore):
+    ...     def fingerprint(self):
+    ...         return {}
+    >>> core = Squashed(model, SparseCoreConfig(), ["transformer.h.0.mlp.c_fc"], nn.Sigmoid)
     >>> weight = model.transformer.h[0].mlp.c_fc.weight
     >>> torch.equal(core.extract("dense").transformer.h[0].mlp.c_fc.weight, weight.sigmoid())
     True
