@@ -132,6 +132,12 @@ def test_every_layer_that_the_plan_splits_is_cut_along_its_dimension(name: str) 
     assert len(told) >= (6 if heads else 2)
 
 
+@pytest.mark.parametrize(("name", "said"), [("llama", set()), ("t5", set()), ("vit", {"head_dim"})])
+def test_the_config_of_the_core_says_no_more_than_it_has_to(name: str, said: set[str]) -> None:
+    model = add_core(architecture(name).build(), WidthCoreConfig(heads=0.5))
+    assert {*extract_core(model).config.to_dict()} - {*model.config.to_dict()} == said
+
+
 def refused(model: tf.PreTrainedModel, words: str, **options: float) -> None:
     before = values(model)
     with pytest.raises(ValueError, match=f"(?s)got .*{words}") as error:

@@ -110,11 +110,13 @@ class _Heads:
 
 
 def _heads_of(config: PreTrainedConfig) -> _Heads | None:
-    for fields in _HEADS:
-        count, groups, size = (vars(config).get(name) if name else None for name in fields)
-        width: Any = getattr(config, "hidden_size", None)
+    said = vars(config)
+    width: Any = getattr(config, "hidden_size", None)
+    for heads, key_value, entries in _HEADS:
+        groups = key_value if key_value in said else None
+        count, size = said.get(heads), said.get(entries)
         if isinstance(count, int) and (size or isinstance(width, int)):
-            return _Heads(fields, count, groups or count, size or width // count)
+            return _Heads((heads, groups, entries), count, said.get(groups or "") or count, size or width // count)
     return None
 
 
