@@ -1,7 +1,7 @@
 """Masks gradients, and holds tensors still.
 
-With `displacement.py` (x + dx), `masked_optimizer.py` (the optimizer's step) and `distributed.py` (subnets put together) the
-only code that mutates for a slot.
+With `displacement.py` (x + dx), `masked_optimizer.py` (the optimizer's step) and `distributed.py` (subnets put
+together) the only code that mutates for a slot.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,8 +31,8 @@ def hold_still(parameters: Parameters, phase: Phase, info: StepInfo) -> list[nn.
     held = [p for name, p in parameters.items() if not all(mask.get(name, True) for mask in masks)]
     if held and len(held) == len(parameters):
         raise ValueError(
-            f"got a mask that leaves out every tensor in update step {info.step}; needs one that keeps something, because "
-            "there would be nothing to differentiate; set --method_config"
+            f"got a mask that leaves out every tensor in update step {info.step}; needs one that keeps something, "
+            "because there would be nothing to differentiate; set --method_config"
         )
     for parameter in held:
         parameter.requires_grad_(False)
@@ -88,8 +88,9 @@ def evaluate_mask(
     for name, kept in mask.items():
         if isinstance(kept, torch.Tensor) and not _broadcasts(kept.shape, parameters[name].shape):
             raise ValueError(
-                f"got a mask of shape {tuple(kept.shape)} for {name!r}; needs one that broadcasts to {tuple(parameters[name].shape)}, "
-                "because it says of every entry whether it is kept; mend the function in plan="
+                f"got a mask of shape {tuple(kept.shape)} for {name!r}; needs one that broadcasts to "
+                f"{tuple(parameters[name].shape)}, because it says of every entry whether it is kept; mend the "
+                "function in plan="
             )
     return {n: part_of(kept, parameters[n]) if isinstance(kept, torch.Tensor) else kept for n, kept in mask.items()}
 
@@ -130,7 +131,8 @@ def add_error(parameters: Parameters, error: Mapping[str, torch.Tensor]) -> None
 
 
 def left_out(parameters: Parameters, mask: MaskValues) -> Iterator[tuple[str, torch.Tensor]]:
-    """The entries of the gradients that a mask leaves out, zero elsewhere; one by one, so that each can replace an older one."""
+    """The entries of the gradients that a mask leaves out, zero elsewhere; one by one, so that each can replace an
+    older one."""
     for name, parameter in parameters.items():
         kept, gradient = mask.get(name, True), parameter.grad
         if gradient is None:

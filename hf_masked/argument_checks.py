@@ -98,8 +98,8 @@ def refuse_together(args: Any) -> None:
     for name, given in (("core", args.core), ("core_config", args.core_config)):
         if given is not None and given != "none":
             raise ValueError(
-                f"got {name}={given!r} beside cores; needs one of them, because cores names every core; drop --{name}, or "
-                "--cores"
+                f"got {name}={given!r} beside cores; needs one of them, because cores names every core; drop "
+                f"--{name}, or --cores"
             )
     if args.preset == "paper":
         raise ValueError("got cores with preset='paper'; needs core, because one core shares its A and B there")

@@ -32,7 +32,8 @@ class Audit:
     """Checksums of what an update must not move, taken before the optimizer's step and after it, on every process.
 
     Args:
-        on_any: tells whether something was found on one of the processes; asked on all of them, so that all fail together.
+        on_any: tells whether something was found on one of the processes; asked on all of them, so that all fail
+            together.
 
     Cost: per parameter and update, passes over its entries, twice as many for held ones, and 16 bytes per entry of the
     largest parameter while it is looked at; with several processes, one number per look.

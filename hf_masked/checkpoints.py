@@ -12,7 +12,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .durable import flush
 
 logger = logging.getLogger(__name__)
-# beside the checkpoints, so that moving one is a rename on one file system; Trainer pushes nothing that starts with "_"
+# beside the checkpoints, so that moving one is a rename on one file system; Trainer pushes nothing that starts with
+# "_"
 _ASIDE = "_saving"
 _REPLACED = "replaced-"
 _STATE = "trainer_state.json"
@@ -54,7 +55,8 @@ def publish(run_dir: str | os.PathLike[str], name: str) -> None:
 
 
 def withdraw(run_dir: str | os.PathLike[str], name: str) -> bool:
-    """Take off what Trainer puts into a checkpoint's folder when it saves because of SIGTERM; whether there was any."""
+    """Take off what Trainer puts into a checkpoint's folder when it saves because of SIGTERM; whether there was
+    any."""
     place = Path(run_dir, name)
     if not (place / _SENTINEL).exists():
         return False

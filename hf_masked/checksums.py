@@ -1,6 +1,8 @@
-"""`checkpoint-N/checksums.json`: CRC-32 of every safetensors file, since a flipped bit in a tensor's values shows nowhere else.
+"""`checkpoint-N/checksums.json`: CRC-32 of every safetensors file, since a flipped bit in a tensor's values shows
+nowhere else.
 
-safetensors checks the shapes and the length of a file, and JSON the rest. An export has none: stock tools would not read it.
+safetensors checks the shapes and the length of a file, and JSON the rest. An export has none: stock tools would not
+read it.
 """
 
 import json
@@ -35,8 +37,8 @@ def check_checksums(checkpoint: str | Path) -> None:
         found = _sums(folder)
     if changed := sorted(name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name)):
         raise ValueError(
-            f"got {folder / changed[0]}, which is not as it was saved; needs the CRC-32 in {NAME}, because training would go on "
-            "from other numbers; it is damaged or was changed: name another checkpoint"
+            f"got {folder / changed[0]}, which is not as it was saved; needs the CRC-32 in {NAME}, because training "
+            "would go on from other numbers; it is damaged or was changed: name another checkpoint"
         )
 
 

@@ -16,8 +16,9 @@ class CompressedReduction(Reduction):
 
         sent_w = p_w (.) (g_w + e_w),   e_w <- (1 - p_w) (.) (g_w + e_w),   g = 1/W sum over w of sent_w
 
-    with w one of W processes, g_w its gradient after accumulation, e_w its memory (0 without `feedback`). In one process
-    this is `ErrorFeedback`, and nothing is sent. A process whose gradient is not finite sends NaN, so that all of them skip.
+    with w one of W processes, g_w its gradient after accumulation, e_w its memory (0 without `feedback`). In one
+    process this is `ErrorFeedback`, and nothing is sent. A process whose gradient is not finite sends NaN, so that all
+    of them skip.
 
     Args:
         rule: the mask p_w. TopK, scope "tensor": each process picks entries of its own; their values and indices are
@@ -25,8 +26,8 @@ class CompressedReduction(Reduction):
         feedback: whether e is kept; one copy of the gradients on each process, in its checkpoints.
 
     Cost on the wire, with s bytes a value and a ring: TopK sends (W - 1) (s + 4) density bytes an entry against plain
-    reduction's 2 (W - 1) s / W, which is less where density < 2 s / (W (s + 4)); beyond that it cuts nothing, since what
-    is gathered grows with W. RandK sends the density's share of plain reduction at any W. The count of bytes per
+    reduction's 2 (W - 1) s / W, which is less where density < 2 s / (W (s + 4)); beyond that it cuts nothing, since
+    what is gathered grows with W. RandK sends the density's share of plain reduction at any W. The count of bytes per
     process is `bytes_sent`. Buckets travel while backward goes on, as they do without.
 
     Source: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory", NeurIPS 2018, algorithm 2, here synchronous.
@@ -36,8 +37,8 @@ class CompressedReduction(Reduction):
     def __init__(self, rule: TopK | RandK, feedback: bool = True):
         if isinstance(rule, TopK) and rule.scope != "tensor":
             raise ValueError(
-                f"got scope={rule.scope!r} with compressed communication; needs 'tensor', because gradients leave in buckets "
-                "while others are not known yet; set scope, or communicate, in --method_config"
+                f"got scope={rule.scope!r} with compressed communication; needs 'tensor', because gradients leave in "
+                "buckets while others are not known yet; set scope, or communicate, in --method_config"
             )
         super().__init__()
         self.rule = rule
@@ -52,7 +53,8 @@ class CompressedReduction(Reduction):
 
     @property
     def error(self) -> dict[str, torch.Tensor] | None:
-        """e, for the mask's caller to add and to keep; None where that is done before gradients travel, or not at all."""
+        """e, for the mask's caller to add and to keep; None where that is done before gradients travel, or not at
+        all."""
         return self._error if self.feedback and not self._networks else None
 
     def __call__(self, info: StepInfo, gradients: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor | bool]:

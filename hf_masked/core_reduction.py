@@ -1,8 +1,9 @@
 """A core in DistributedDataParallel: its updates reduce what they train, and no process asks the others what that is.
 
-Of some networks not every parameter gets a gradient: BERT's pooler without a classifier, the blocks that a shallower rung skips.
-Plain Trainer lets DistributedDataParallel look for them in every pass and send a note of them in every update. A core's are
-found once, at each of its sizes, by a pass that leaves no trace; it is wrapped for the others alone.
+Of some networks not every parameter gets a gradient: BERT's pooler without a classifier, the blocks that a shallower
+rung skips. Plain Trainer lets DistributedDataParallel look for them in every pass and send a note of them in every
+update. A core's are found once, at each of its sizes, by a pass that leaves no trace; it is wrapped for the others
+alone.
 """
 
 import logging
@@ -45,7 +46,8 @@ class CoreReductionMixin(SecondPassMixin):
     """The part of an update step that says what an update of the core sends."""
 
     def _wrap_core(self, network: Any, find_unused: bool = False) -> Any:
-        """The core as accelerate wraps it, with or without a look for unused parameters in every pass, unless the user said."""
+        """The core as accelerate wraps it, with or without a look for unused parameters in every pass, unless the user
+        said."""
         handler = self.accelerator.ddp_handler
         if handler is None or self._user_says_what_is_used():
             return self.accelerator.prepare_model(network)
@@ -147,9 +149,9 @@ class CoreReductionMixin(SecondPassMixin):
         without = [name for name, p in parameters if id(p) in core.reduced and p.grad is None]
         what = f"a gradient of {found[0]}" if found else f"no gradient of {(*without, 'a parameter')[0]}"
         raise RuntimeError(
-            f"got {what} of the core {self._core.name!r} in update step {self._now().info.step}, other than in its first update; "
-            "needs the same ones in all, on every process, because processes reduce without asking each other which; set "
-            "--ddp_find_unused_parameters true"
+            f"got {what} of the core {self._core.name!r} in update step {self._now().info.step}, other than in its "
+            "first update; needs the same ones in all, on every process, because processes reduce without asking each "
+            "other which; set --ddp_find_unused_parameters true"
         ) from missing
 
 

@@ -77,8 +77,8 @@ class CoreRun(Stepper):
         return self.turns[step] if self.turns else 0
 
     def set_begin(self, coupling: str, max_steps: int, seed: int) -> None:
-        """Find the first update or later split of a core with parameters of its own; one that shares the full network's is
-        trained with that from the first step on."""
+        """Find the first update or later split of a core with parameters of its own; one that shares the full
+        network's is trained with that from the first step on."""
         first = 0 if coupling == "shared" else self.plan.first_update("core", max_steps, seed)
         self.begins = min((step for step in (first, *(self.splits - {0})) if step is not None), default=None)
 
@@ -101,8 +101,9 @@ def warn_untrained(runs: Iterable[CoreRun], steps: int, what: str) -> None:
     for run in runs:
         if run.begins is not None and not run.has_begun(steps):
             logger.warning(
-                "%s %d update steps, before the first update of the core %r in update step %d, so it is untrained; set "
-                "metric_for_best_model to eval_%s_loss, which evaluations have from then on, or an earlier start in --schedule",
+                "%s %d update steps, before the first update of the core %r in update step %d, so it is untrained; "
+                "set metric_for_best_model to eval_%s_loss, which evaluations have from then on, or an earlier start "
+                "in --schedule",
                 *(what, steps, run.name, run.begins + 1, run.name),
             )
 

@@ -55,8 +55,9 @@ def _own_schedule(said: Any, name: str | None, own: Mapping[str, Any]) -> Schedu
         )
     if "share" in own and isinstance(schedule, RideAlong | FullOnly):
         raise ValueError(
-            f"got share={own['share']} of the core {name!r} with the schedule {said!r}; needs one with steps of its own "
-            "for cores, because under ride_along core_updates says how often each is trained; set core_updates, or --schedule"
+            f"got share={own['share']} of the core {name!r} with the schedule {said!r}; needs one with steps of its "
+            "own for cores, because under ride_along core_updates says how often each is trained; set core_updates, "
+            "or --schedule"
         )
     return replace(schedule, **riding) if isinstance(schedule, RideAlong) else schedule
 
@@ -75,8 +76,8 @@ def described_core(kind: str | None, options: dict[str, Any] | str | None, prese
     if preset == "paper":
         if "coupling" in given and config.coupling != "shared":
             raise ValueError(
-                f"got coupling={config.coupling!r} with preset='paper'; needs 'shared', because W = B A + R there; drop "
-                "--preset, or coupling from --core_config"
+                f"got coupling={config.coupling!r} with preset='paper'; needs 'shared', because W = B A + R there; "
+                "drop --preset, or coupling from --core_config"
             )
         config.coupling = "shared"
     return config

@@ -8,8 +8,9 @@ With g the batch's gradient at x, g+ the update's own (at x + dx, masked by p):
     relative_perturbation  |dx| / |x|               what a `backward` leaves out is no dx; it counts in the drift
     coverage_age_max/mean  update steps since each block was last trained
 
-They bound the decrease of an L-smooth loss where dx and p are fixed before the batch is drawn. Masks that depend on the
-gradient, displacements by the same batch's gradient, momentum and Adam break that premise: measurements, no guarantee.
+They bound the decrease of an L-smooth loss where dx and p are fixed before the batch is drawn. Masks that depend on
+the gradient, displacements by the same batch's gradient, momentum and Adam break that premise: measurements, no
+guarantee.
 """
 
 import math

@@ -65,8 +65,8 @@ class DiagnosticsReport(TrainerCallback):
     def __init__(self, coverage: Coverage):
         if find_spec("matplotlib") is None:
             raise ValueError(
-                "got diagnostics_steps without matplotlib; needs it, because a picture shows which layers were trained; "
-                "install it, or set --diagnostics_steps 0"
+                "got diagnostics_steps without matplotlib; needs it, because a picture shows which layers were "
+                "trained; install it, or set --diagnostics_steps 0"
             )
         self.coverage = coverage
 

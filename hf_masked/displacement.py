@@ -15,8 +15,8 @@ Tensors = Mapping[str, torch.Tensor]
 def displaced(parameters: Mapping[str, nn.Parameter], rule: Callable[[Tensors], Tensors]) -> Iterator[None]:
     """Inside, the parameters are x + dx with dx = rule(x); afterwards they are x again, bit for bit.
 
-    On a processor x + dx is made beside x and takes its place for as long; elsewhere others may know a parameter by where it
-    lies (graphs that were captured, shards), so x is copied, and copied back.
+    On a processor x + dx is made beside x and takes its place for as long; elsewhere others may know a parameter by
+    where it lies (graphs that were captured, shards), so x is copied, and copied back.
 
     Raises: ValueError where dx names a parameter that is not there.
 
@@ -103,8 +103,8 @@ def check_names(slot: str, given: Mapping[str, object], parameters: Mapping[str,
     """
     if not isinstance(given, Mapping):
         raise ValueError(
-            f"got {given!r:.80} from a {slot}; needs a dict of name -> value, because it says something of each parameter; mend the "
-            "function in plan=: {} for nothing"
+            f"got {given!r:.80} from a {slot}; needs a dict of name -> value, because it says something of each "
+            "parameter; mend the function in plan=: {} for nothing"
         )
     if unknown := set(given) - set(parameters):
         raise ValueError(

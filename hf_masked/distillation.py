@@ -79,8 +79,8 @@ def divergence(
 
         T^2 * sum_c q_c (log q_c - log p_c),   q = softmax(teacher / T),  p = softmax(student / T)
 
-    Independent labels have a Bernoulli distribution each, with the sigmoid in place of the softmax, and the mean over labels is
-    taken, as their loss has it. Numbers have no distribution: (teacher - student)^2, the mean too.
+    Independent labels have a Bernoulli distribution each, with the sigmoid in place of the softmax, and the mean over
+    labels is taken, as their loss has it. Numbers have no distribution: (teacher - student)^2, the mean too.
 
     Args:
         student: logits (..., n).
@@ -141,10 +141,11 @@ class YieldingWeight:
 
         w * clamp((core - teacher) / (tolerance * teacher), 0, 1)
 
-    with `core` and `teacher` the exponential means of both networks' label losses on batches that neither has seen, so the
-    newest ones of the first epoch. At a gap of `tolerance` of the teacher's loss, or more, the whole w applies. On new data
-    a teacher that knows no more than the core holds it back. Where data repeat, it keeps the core from learning them by
-    heart, whoever's loss on them is the lower one, so there the weight stays as it is. The weight changes between updates only, so that it is the same for every microbatch of one.
+    with `core` and `teacher` the exponential means of both networks' label losses on batches that neither has seen, so
+    the newest ones of the first epoch. At a gap of `tolerance` of the teacher's loss, or more, the whole w applies. On
+    new data a teacher that knows no more than the core holds it back. Where data repeat, it keeps the core from
+    learning them by heart, whoever's loss on them is the lower one, so there the weight stays as it is. The weight
+    changes between updates only, so that it is the same for every microbatch of one.
     """
 
     decay = 0.9

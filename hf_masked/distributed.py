@@ -1,4 +1,5 @@
-"""What travels between processes when only part is trained: which gradients are reduced, and which pieces are put together."""
+"""What travels between processes when only part is trained: which gradients are reduced, and which pieces are put
+together."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -103,7 +104,8 @@ class SubnetWorkers:
 
 @contextmanager
 def nothing_sent(accelerator: Any, network: Any) -> Iterator[None]:
-    """Inside, a pass sends nothing: neither gradients nor buffers, which the next pass outside sends as if this one had not been."""
+    """Inside, a pass sends nothing: neither gradients nor buffers, which the next pass outside sends as if this one
+    had not been."""
     inner = uncompiled(network)
     with accelerator.no_sync(network):
         sends = getattr(inner, "require_forward_param_sync", None)
@@ -153,7 +155,8 @@ class DistributedMixin(JointHooks):
         return TensorReduction() if getattr(self.args, "diagnostics_steps", 0) else None
 
     def _reduced_bytes(self) -> dict[str, float]:
-        """The bytes of gradients that the last update of each network has given to be reduced, where they are counted."""
+        """The bytes of gradients that the last update of each network has given to be reduced, where they are
+        counted."""
         reductions = {"full": self._full_reduction} | {run.name: run.reduction for run in self._cores}
         counted = {name: rule for name, rule in reductions.items() if isinstance(rule, TensorReduction)}
         return {f"reduced_bytes_{name}": rule.bytes_of_update for name, rule in counted.items() if rule.bytes_sent}

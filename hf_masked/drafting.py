@@ -49,15 +49,15 @@ def draft_view(model: PreTrainedModel, name: str | None = None, rung: Rung | Non
     core = get_core(full, name)
     if not full.can_generate():
         raise ValueError(
-            f"got a {type(full).__name__}; needs a model that generates, because its core drafts tokens; load it with the "
-            "class of its task, such as AutoModelForCausalLM"
+            f"got a {type(full).__name__}; needs a model that generates, because its core drafts tokens; load it with "
+            "the class of its task, such as AutoModelForCausalLM"
         )
     core.sync(full)
     core.model.train(full.training)
     if rung is not None and len(core.networks) == 1:
         raise ValueError(
-            f"got rung={rung!r} of a core of the kind {core.config.kind!r}; needs none, because its smaller cores run in the "
-            "modules of the whole one, which cannot be two drafts at once; use extract_core(model, rung=...)"
+            f"got rung={rung!r} of a core of the kind {core.config.kind!r}; needs none, because its smaller cores run "
+            "in the modules of the whole one, which cannot be two drafts at once; use extract_core(model, rung=...)"
         )
     with core.at_rung(rung):
         view: PreTrainedModel = copy.copy(core.model)

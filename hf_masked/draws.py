@@ -13,7 +13,8 @@ _PROCESSOR = torch.device("cpu")
 def bernoulli(
     info: StepInfo, device: torch.device, shape: torch.Size, probability: float, *names: str
 ) -> torch.Tensor:
-    """True with a probability in (0, 1], rounded to a multiple of 2^-16 that is at least that; each kind of device has its own draws.
+    """True with a probability in (0, 1], rounded to a multiple of 2^-16 that is at least that; each kind of device has
+    its own draws.
 
     >>> bernoulli(StepInfo(0, 1), torch.device("cpu"), torch.Size([2]), 1.0, "w").tolist()
     [True, True]
@@ -27,10 +28,11 @@ def bernoulli(
 
 
 def random_entries(shape: torch.Size, count: int, seed: int, device: torch.device = _PROCESSOR) -> torch.Tensor:
-    """A mask with exactly `count` entries, every choice of them equally probable; each kind of device has its own draws.
+    """A mask with exactly `count` entries, every choice of them equally probable; each kind of device has its own
+    draws.
 
-    Cost: 16 random bits an entry, or about `count` random places (as many as are left out) where those are few; not on a
-        processor 64 bits an entry and one selection.
+    Cost: 16 random bits an entry, or about `count` random places (as many as are left out) where those are few; not on
+        a processor 64 bits an entry and one selection.
 
     >>> int(random_entries(torch.Size([10, 10]), 30, seed=1).sum())
     30
@@ -41,7 +43,8 @@ def random_entries(shape: torch.Size, count: int, seed: int, device: torch.devic
     source = np.random.SFC64(seed)
     share = count / max(1, entries)
     chosen = _bits(source, entries, share) if _MANY <= share <= 1 - _MANY else np.full(entries, share > 0.5)
-    # of each number of chosen entries every choice is equally probable, and stays so with every random one more or less
+    # of each number of chosen entries every choice is equally probable, and stays so with every random one more or
+    # less
     draw = np.random.Generator(source)
     while missing := count - np.count_nonzero(chosen):
         free = entries - np.count_nonzero(chosen) if missing > 0 else np.count_nonzero(chosen)
@@ -51,7 +54,8 @@ def random_entries(shape: torch.Size, count: int, seed: int, device: torch.devic
 
 
 def largest_drawn(entries: int, count: int, seed: int, device: torch.device) -> torch.Tensor:
-    """A vector that is True at the `count` largest of as many random numbers as it has entries, of 64 bits, so that none are equal."""
+    """A vector that is True at the `count` largest of as many random numbers as it has entries, of 64 bits, so that
+    none are equal."""
     drawn = torch.empty(entries, dtype=torch.int64, device=device)
     drawn.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
     chosen = torch.zeros(entries, dtype=torch.bool, device=device)

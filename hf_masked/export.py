@@ -40,8 +40,9 @@ def extract_core(
         model: a model with a core.
         core_format: one of the core's `formats`, None for the first: "factorized" (low rank: keeps x -> B (A x)) or
             "dense" (a plain model of the unchanged class; with low rank, W = B A is multiplied out).
-        rung: only a smaller core inside the core, one of its `nested`; of a low-rank core the leading directions of any rank,
-            an int, or a fraction of min(in_features, out_features), of which those of a ladder were trained to stand alone.
+        rung: only a smaller core inside the core, one of its `nested`; of a low-rank core the leading directions of
+            any rank, an int, or a fraction of min(in_features, out_features), of which those of a ladder were trained
+            to stand alone.
         name: which of several cores.
 
     Raises: ValueError without a core, for another format, or for a rung that the core does not hold.
@@ -106,25 +107,26 @@ def export(
 
     `out/` holds the full model in its unchanged class, for `AutoModel*.from_pretrained(out)` anywhere; `out/core/` the
     core, for `AutoModel*.from_pretrained(out, subfolder="core")` anywhere ("dense"), or after `import hf_masked`
-    ("factorized"); the smaller cores of a ladder lie in `out/core-r8/` and so on, a core of another name in `out/<name>/`. All
-    get the tokenizer and the generation config. Everything is written aside first; then config.json
+    ("factorized"); the smaller cores of a ladder lie in `out/core-r8/` and so on, a core of another name in
+    `out/<name>/`. All get the tokenizer and the generation config. Everything is written aside first; then config.json
     goes, the files change places, and config.json comes last, so that an interrupted export loads as nothing, and one
-    that cannot take its place, or fails for lack of space, leaves the old export as it was; each stage is flushed to the disk
-    before the next. Other files in `out/` are left alone; which folders are an export's own stands in
+    that cannot take its place, or fails for lack of space, leaves the old export as it was; each stage is flushed to
+    the disk before the next. Other files in `out/` are left alone; which folders are an export's own stands in
     `out/hf_masked_cores.json`.
 
     Args:
-        model: a model with a core, with several, or without (then only the full model is written); one that is sharded has to
-            be exported on every process, of which the first writes.
+        model: a model with a core, with several, or without (then only the full model is written); one that is sharded
+            has to be exported on every process, of which the first writes.
         out: the folder.
         core_format: see `extract_core`; of several cores, of every one.
         processing_class: tokenizer or processor to save beside each.
         max_shard_size: of one safetensors file.
         model_card: text of README.md.
 
-    Raises: NotADirectoryError or PermissionError for a folder that cannot be written, IsADirectoryError for one where a file
-        belongs; FileExistsError where a core would be written over somebody else's model, or the full model beside an adapter
-        that would be loaded in its place; ValueError as `extract_core`; RuntimeError inside `core_mode`.
+    Raises: NotADirectoryError or PermissionError for a folder that cannot be written, IsADirectoryError for one where
+        a file belongs; FileExistsError where a core would be written over somebody else's model, or the full model
+        beside an adapter that would be loaded in its place; ValueError as `extract_core`; RuntimeError inside
+        `core_mode`.
 
     Cost: disk space of the old export while the new one is written; memory of one core at a time, and with coupling
         "shared" of the merged model.
@@ -203,16 +205,16 @@ def check_free(out: str | os.PathLike[str], model: torch.nn.Module) -> None:
     full, own = unwrap(model), _own_folders(Path(out))
     if Path(out, _ADAPTER[0]).exists() and not getattr(full, "_hf_peft_config_loaded", False):
         raise FileExistsError(
-            f"got the folder {out} with {_ADAPTER[0]}; needs one without, because from_pretrained would load that adapter in "
-            "place of the full model; move it, or set --output_dir"
+            f"got the folder {out} with {_ADAPTER[0]}; needs one without, because from_pretrained would load that "
+            "adapter in place of the full model; move it, or set --output_dir"
         )
     for folder in [Path(out, name) for core in get_cores(full).values() for name in core_folders(core)]:
         if folder.exists():
             check_writable(folder)
         if folder.name not in own and (found := _written(folder, of_core=True)):
             raise FileExistsError(
-                f"got the folder {folder} with {found[0].name} that no export wrote; needs a folder of the core's own, "
-                "because its files would be written over; move that folder, or set another name or --output_dir"
+                f"got the folder {folder} with {found[0].name} that no export wrote; needs a folder of the core's "
+                "own, because its files would be written over; move that folder, or set another name or --output_dir"
             )
 
 
@@ -231,8 +233,8 @@ def _check_replaceable(files: Iterable[Path]) -> None:
     for path in sorted(places):
         if path.is_dir():
             raise IsADirectoryError(
-                f"got the folder {path}; needs a file or nothing there, because an export writes one of that name; move it, or "
-                "set --output_dir"
+                f"got the folder {path}; needs a file or nothing there, because an export writes one of that name; "
+                "move it, or set --output_dir"
             )
     for folder in sorted({path.parent for path in places}):
         check_writable(folder)
@@ -278,7 +280,8 @@ def _staging(target: Path) -> Iterator[Path]:
 
 
 def _swap_in(staging: Path, target: Path) -> None:
-    """Exchange the files of two exports so that no moment of it loads as a mixture, nor what a power cut leaves of it."""
+    """Exchange the files of two exports so that no moment of it loads as a mixture, nor what a power cut leaves of
+    it."""
     new = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     old, made = _own_folders(target), {path.parts[0] for path in new if path.name in _ENTRIES and len(path.parts) == 2}
     folders = [target, *(target / name for name in sorted(old | made))]

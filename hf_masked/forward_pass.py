@@ -202,8 +202,8 @@ class ForwardPassMixin(JointHooks):
         logits = outputs.get("logits") if isinstance(outputs, dict) else None
         if logits is None:
             raise ValueError(
-                f"got outputs of {type(self.model).__name__} without logits; needs them, because distillation compares "
-                "the logits of both networks; set --distill_weight 0"
+                f"got outputs of {type(self.model).__name__} without logits; needs them, because distillation "
+                "compares the logits of both networks; set --distill_weight 0"
             )
         return logits
 
@@ -227,8 +227,8 @@ class ForwardPassMixin(JointHooks):
     def _show_inputs(self, inputs: Any) -> None:
         """Let a core that is split by what its layers get look at the full network's passes over the newest batches.
 
-        Those of the buffer, which several processes share out as one would have them; `inputs`, of the step's first microbatch,
-        where it is empty.
+        Those of the buffer, which several processes share out as one would have them; `inputs`, of the step's first
+        microbatch, where it is empty.
         """
         core = self._the_core()
         observing = core.observe(self.model)
@@ -256,7 +256,8 @@ class ForwardPassMixin(JointHooks):
 
 
 def _telling(loss: torch.Tensor, phase: Phase) -> torch.Tensor:
-    """The loss, and where a displacement has made it infinite or not a number a gradient that tells, on every process."""
+    """The loss, and where a displacement has made it infinite or not a number a gradient that tells, on every
+    process."""
     if phase.perturbation is None:
         return loss
     return loss * loss.detach().isfinite().to(loss.dtype).reciprocal()

@@ -32,8 +32,8 @@ def load_full(full: Any, checkpoint: str | Path) -> None:
     wrong += [name for name, tensor in stored.items() if name in wanted and tensor.shape != wanted[name].shape]
     if wrong:
         raise ValueError(
-            f"got the checkpoint {checkpoint} whose model.safetensors differs at {wrong[:3]}; needs the tensors of this "
-            "model, because a half-loaded one would train on; name another checkpoint"
+            f"got the checkpoint {checkpoint} whose model.safetensors differs at {wrong[:3]}; needs the tensors of "
+            "this model, because a half-loaded one would train on; name another checkpoint"
         )
     with torch.no_grad():
         for name in stored.keys() & wanted.keys():

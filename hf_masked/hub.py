@@ -33,8 +33,8 @@ class HubMixin(JointHooks):
             )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """A checkpoint is an export already: push what of it is a product, straight from where it lies. As Trainer's pushes, in
-        the background, one at a time unless `--hub_always_push`, and what fails is only told."""
+        """A checkpoint is an export already: push what of it is a product, straight from where it lies. As Trainer's
+        pushes, in the background, one at a time unless `--hub_always_push`, and what fails is only told."""
         if self._in_checkpoint:
             return  # it is pushed once it has its name
         if not self._trains_slots:

@@ -66,8 +66,8 @@ def check_names(names: list[str], checkpoint: str | Path) -> None:
     theirs |= {DEFAULT_NAME} if (joint / "core.json").is_file() else set()
     if theirs and theirs != set(names):
         raise ValueError(
-            f"got the checkpoint {checkpoint} of the cores {sorted(theirs)}; needs one of {sorted(names)}, because all of them "
-            "resume from it; set --cores as it was, or name another checkpoint"
+            f"got the checkpoint {checkpoint} of the cores {sorted(theirs)}; needs one of {sorted(names)}, because "
+            "all of them resume from it; set --cores as it was, or name another checkpoint"
         )
 
 
@@ -89,8 +89,8 @@ def check_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
     folder = _folder(checkpoint, core.name)
     if not (folder / _WEIGHTS).is_file() or not (folder / "core.json").is_file():
         raise ValueError(
-            f"got the checkpoint {checkpoint}, which has no {(folder / _WEIGHTS).relative_to(checkpoint)}; needs one made with a core, because both "
-            "networks resume from it; drop --core, or name another checkpoint"
+            f"got the checkpoint {checkpoint}, which has no {(folder / _WEIGHTS).relative_to(checkpoint)}; needs one "
+            "made with a core, because both networks resume from it; drop --core, or name another checkpoint"
         )
     with reading(folder / "core.json"):
         made_with = json.loads((folder / "core.json").read_text(encoding="utf-8"))
@@ -103,15 +103,15 @@ def check_weights(full: nn.Module, core: Core, checkpoint: str | Path) -> None:
                 found, needed = without_common(found, needed)
             raise ValueError(
                 f"got the checkpoint {checkpoint} of a core with {what} {_short(found)}; needs "
-                f"{_short(needed)}, because what was trained fits no other; start from the model and --core_config that "
-                "it was made with, or name another checkpoint"
+                f"{_short(needed)}, because what was trained fits no other; start from the model and --core_config "
+                "that it was made with, or name another checkpoint"
             )
     wanted = {name: tuple(tensor.shape) for name, tensor in core.tensors(full).items()}
     stored = stored_shapes(folder / _WEIGHTS)
     if wrong := sorted(name for name in set(wanted) | set(stored) if wanted.get(name) != stored.get(name)):
         raise ValueError(
-            f"got the checkpoint {checkpoint} whose {_WEIGHTS} differs at {wrong[:3]}; needs the tensors of this model, "
-            "because a half-loaded one would train on; it is of another architecture: name another checkpoint"
+            f"got the checkpoint {checkpoint} whose {_WEIGHTS} differs at {wrong[:3]}; needs the tensors of this "
+            "model, because a half-loaded one would train on; it is of another architecture: name another checkpoint"
         )
 
 
@@ -137,8 +137,9 @@ def check_training(
 def _check_core_training(checkpoint: str | Path, own_optimizer: bool, folder: Path) -> None:
     if not (folder / "state.json").is_file():
         raise ValueError(
-            f"got the checkpoint {checkpoint} without {(folder / 'state.json').relative_to(checkpoint)}; needs it to resume the core's updates where they "
-            "were; it was saved with --save_only_model, or is incomplete: name another checkpoint"
+            f"got the checkpoint {checkpoint} without {(folder / 'state.json').relative_to(checkpoint)}; needs it to "
+            "resume the core's updates where they were; it was saved with --save_only_model, or is incomplete: name "
+            "another checkpoint"
         )
     state = load_state(folder, "state")
     with reading(folder / "state.json"):
@@ -228,6 +229,6 @@ def _check_names(file: Path, pattern: str) -> None:
     for name in stored_shapes(file):
         if not re.fullmatch(pattern, name):
             raise ValueError(
-                f"got the tensor {name!r} in {file}; needs names like {pattern}, because it would be read as something else; "
-                "the file is another one: name another checkpoint"
+                f"got the tensor {name!r} in {file}; needs names like {pattern}, because it would be read as "
+                "something else; the file is another one: name another checkpoint"
             )

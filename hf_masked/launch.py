@@ -8,7 +8,8 @@ from accelerate.utils import parse_flag_from_env
 
 
 def refuse_deepspeed(args: Any) -> None:
-    """Refuse a core or a method under DeepSpeed, before Transformers imports it and takes its configuration for that of the run.
+    """Refuse a core or a method under DeepSpeed, before Transformers imports it and takes its configuration for that
+    of the run.
 
     Raises: ValueError.
     """
@@ -17,8 +18,8 @@ def refuse_deepspeed(args: Any) -> None:
     named = [f"{name}={value!r}" for name, value in trained.items() if value not in (None, "none")]
     if asked and named:
         raise ValueError(
-            f"got {named[0]} with DeepSpeed; needs a run without, because its engine makes the steps, of one network and of all "
-            "of it; drop one of them, or shard the full network with FSDP2 as the guide shows"
+            f"got {named[0]} with DeepSpeed; needs a run without, because its engine makes the steps, of one network "
+            "and of all of it; drop one of them, or shard the full network with FSDP2 as the guide shows"
         )
 
 

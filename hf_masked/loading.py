@@ -43,8 +43,8 @@ class LowRankFormat(QuantizationConfigMixin):
     ):
         if version != VERSION:
             raise ValueError(
-                f"got a core of format version {version!r}; needs {VERSION}, because that is what this hf_masked reads; "
-                "install the version of hf_masked that wrote it"
+                f"got a core of format version {version!r}; needs {VERSION}, because that is what this hf_masked "
+                "reads; install the version of hf_masked that wrote it"
             )
         if unknown or quant_method != QUANT_METHOD:
             raise ValueError(f"got the unknown keys {sorted(unknown)} in the core's config; needs ranks and version")
@@ -102,8 +102,8 @@ def _local_path(model: PreTrainedModel, path: str) -> str | None:
     if model.base_model is model and not path.startswith(prefix):
         return None
     raise ValueError(
-        f"got a core whose config names the module {path!r}; needs a module of {type(model).__name__}, because its weights "
-        "belong there; load it with the class in 'architectures' of its config.json, or export it again"
+        f"got a core whose config names the module {path!r}; needs a module of {type(model).__name__}, because its "
+        "weights belong there; load it with the class in 'architectures' of its config.json, or export it again"
     )
 
 
@@ -136,8 +136,8 @@ def _check_files(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
             shapes += tensor_shapes(file).items()
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"got the unreadable file {file} ({error}); needs the safetensors that was saved there, because it is missing, "
-                "damaged or cut off; export it again"
+                f"got the unreadable file {file} ({error}); needs the safetensors that was saved there, because it is "
+                "missing, damaged or cut off; export it again"
             ) from None
     stored = Counter((_end(name), shape) for name, shape in shapes)
     _check_count(model, sum(math.prod(shape) for _, shape in shapes))
@@ -147,21 +147,22 @@ def _check_files(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
         (end, shape), count = next(iter(missing.items()))
         raise ValueError(
             f"got {stored[end, shape]} tensors ...{end} of shape {shape} in the core's files; needs "
-            f"{stored[end, shape] + count}, because its config gives so many layers that rank; the files are of another "
-            "core, or incomplete: export it again"
+            f"{stored[end, shape] + count}, because its config gives so many layers that rank; the files are of "
+            "another core, or incomplete: export it again"
         )
 
 
 def _check_count(model: PreTrainedModel, stored: int) -> None:
-    """As many entries as the class that was saved has, for the same reason, whatever transformers calls them on disk."""
+    """As many entries as the class that was saved has, for the same reason, whatever transformers calls them on
+    disk."""
     if type(model).__name__ not in (getattr(model.config, "architectures", None) or []):
         return  # another head, or none: transformers says which of its weights are new
     elsewhere = {*getattr(model, "all_tied_weights_keys", ()), *(model._keys_to_ignore_on_save or ())}
     wanted = sum(tensor.numel() for name, tensor in model.state_dict().items() if name not in elsewhere)
     if stored < wanted:
         raise ValueError(
-            f"got {stored} entries in the core's files; needs {wanted}, because that is what its config describes; the files "
-            "are incomplete, or of another core: export it again"
+            f"got {stored} entries in the core's files; needs {wanted}, because that is what its config describes; "
+            "the files are incomplete, or of another core: export it again"
         )
 
 

@@ -2,10 +2,10 @@
 
 per update:  backward of factor * loss -> unscale -> masks, clipping, diagnostics on true gradients -> step, or skip it
 
-An update whose gradient overflows is skipped as Trainer skips it: no parameter, no moment and nothing that a rule remembers
-changes, the learning-rate curve of its network waits, its scaler halves the factor; the update step counts, so the
-phases go on. accelerate does not see a skip of a fused optimizer, whose learning-rate curve goes on. A core with an
-optimizer of its own never changes the factor of the full network.
+An update whose gradient overflows is skipped as Trainer skips it: no parameter, no moment and nothing that a rule
+remembers changes, the learning-rate curve of its network waits, its scaler halves the factor; the update step counts,
+so the phases go on. accelerate does not see a skip of a fused optimizer, whose learning-rate curve goes on. A core
+with an optimizer of its own never changes the factor of the full network.
 """
 
 import copy
@@ -31,8 +31,8 @@ def own_scaler(accelerator: Any) -> Iterator[None]:
 
 
 def use_scaler_of(accelerator: Any, optimizer: Any) -> None:
-    """Let backward passes use this optimizer's GradScaler, and forget a skip of its last update: accelerate takes one for a
-    skip of every optimizer."""
+    """Let backward passes use this optimizer's GradScaler, and forget a skip of its last update: accelerate takes one
+    for a skip of every optimizer."""
     if accelerator.scaler is not None:
         accelerator.scaler = optimizer.scaler
         for each in accelerator._optimizers:
@@ -47,7 +47,8 @@ def unscale(accelerator: Any, optimizer: Any) -> None:
 
 @contextmanager
 def unscaled(accelerator: Any) -> Iterator[None]:
-    """Inside, accelerate's clipping leaves the scale alone: it would unscale every optimizer, and parameters of two twice."""
+    """Inside, accelerate's clipping leaves the scale alone: it would unscale every optimizer, and parameters of two
+    twice."""
     accelerator.unscale_gradients = lambda optimizer=None: None
     try:
         yield

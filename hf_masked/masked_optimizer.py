@@ -39,7 +39,8 @@ class StepMask:
         parameters, mask: by name.
         state_policy, offload_state: as of `Phase`.
         rates: factors of the learning rate, by name.
-        zero: whether parameters and gradients are zero where they are held, and their state after a step that holds them.
+        zero: whether parameters and gradients are zero where they are held, and their state after a step that holds
+            them.
     """
 
     parameters: Parameters
@@ -82,8 +83,9 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
     Args: `room`: kept from step to step.
 
     Cost: one search through each partly masked tensor, and a copy of those of its entries, and with "freeze" of their
-        state, that are fewer: the kept ones, which are then stepped apart, or the held ones, which are put back; the held ones
-        in any case where an optimizer moves entries by what else is in their tensor (ELEMENTWISE lists those that do not).
+        state, that are fewer: the kept ones, which are then stepped apart, or the held ones, which are put back; the
+        held ones in any case where an optimizer moves entries by what else is in their tensor (ELEMENTWISE lists those
+        that do not).
 
     Raises: ValueError for "freeze" or "reset" of single entries whose state is not per entry (Adafactor's).
     """
@@ -133,7 +135,8 @@ def _held(
 def _only(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: torch.Tensor, policy: StatePolicy, room: Room
 ) -> Callable[[], None]:
-    """Let the optimizer step the entries `at` alone, as a vector in the tensor's place; returns what then puts that back into it.
+    """Let the optimizer step the entries `at` alone, as a vector in the tensor's place; returns what then puts that
+    back into it.
 
     State that it begins in this step is zero elsewhere.
     """

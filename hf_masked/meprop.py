@@ -1,4 +1,5 @@
-"""meProp: backward passes that follow the largest entries of every linear layer's output gradient, and skip the rest."""
+"""meProp: backward passes that follow the largest entries of every linear layer's output gradient, and skip the
+rest."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,8 +35,8 @@ class MeProp:
     instead of 4 T m n, and writing the gradient of W its m n entries.
 
     Source: Sun, Ren, Ma, Wang, "meProp: Sparsified Back Propagation for Accelerated Deep Learning with Reduced
-    Overfitting", ICML 2017; unified: Sun, Ren, Ma, Wei, Li, Wang, "Training Simplification and Model Simplification for Deep
-    Learning", 2017, section 3.3.
+    Overfitting", ICML 2017; unified: Sun, Ren, Ma, Wei, Li, Wang, "Training Simplification and Model Simplification
+    for Deep Learning", 2017, section 3.3.
 
     Deviations: the unified selection is by Euclidean norm; per token, half precision multiplies zeros (there are no
     sparse products for it).
@@ -61,8 +62,8 @@ class MeProp:
         widest = max((_width(module) for module in _layers(network)), default=0)
         if self._counts and min(self._k.given()) > widest:
             raise ValueError(
-                f"got k={min(self._k.given())} for layers of at most {widest} outputs; needs fewer, because nothing would be left out; "
-                "set it in --method_config"
+                f"got k={min(self._k.given())} for layers of at most {widest} outputs; needs fewer, because nothing "
+                "would be left out; set it in --method_config"
             )
 
     @contextmanager
@@ -93,8 +94,9 @@ def _check_share(k: float) -> None:
 def _layers(network: nn.Module) -> list[nn.Module]:
     if any(isinstance(module, MergedLinear) for module in network.modules()):
         raise ValueError(
-            "got meprop on a network whose linear layers hold W = B A + R; needs plain linear layers, because it replaces "
-            'their backward; set "coupling": "free" in --core_config, or "apply_to": "core" in --method_config'
+            "got meprop on a network whose linear layers hold W = B A + R; needs plain linear layers, because it "
+            'replaces their backward; set "coupling": "free" in --core_config, or "apply_to": "core" in '
+            "--method_config"
         )
     find_head: Any = getattr(network, "get_output_embeddings", lambda: None)
     head = find_head()

@@ -57,8 +57,8 @@ def save(phases: Phases, checkpoint: str | Path, method: str, process: Process) 
 def load(phases: Phases, checkpoint: str | Path | None, method: str, process: Process) -> None:
     """Let the rules go on from a checkpoint, or begin anew without one.
 
-    Raises: ValueError for a checkpoint without their state, made with another method, or where each process has its own,
-        by another number of processes.
+    Raises: ValueError for a checkpoint without their state, made with another method, or where each process has its
+        own, by another number of processes.
     """
     rules = _stateful(phases)
     if not rules:
@@ -76,12 +76,12 @@ def _read(file: Path, method: str) -> dict[str, torch.Tensor]:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"got a checkpoint whose {file} cannot be read ({error}); needs what the method had seen, because it would "
-            "begin anew; set --method and the number of processes as they were, or name another checkpoint"
+            f"got a checkpoint whose {file} cannot be read ({error}); needs what the method had seen, because it "
+            "would begin anew; set --method and the number of processes as they were, or name another checkpoint"
         ) from None
     if made_with != method:
         raise ValueError(
-            f"got the checkpoint {file.parent.parent} made with the method {made_with!r}; needs {method!r}; set --method as it "
-            "was, or name another checkpoint"
+            f"got the checkpoint {file.parent.parent} made with the method {made_with!r}; needs {method!r}; set "
+            "--method as it was, or name another checkpoint"
         )
     return tensors

@@ -11,8 +11,8 @@ from .schedules import FullOnly, RideAlong, RoundRobin
 from .typed import json_object
 from .types import Schedule
 
-# what may differ from core to core, by the names of the flags (and of ride_along's options) that say it for all; and its
-# share of the core steps of the other schedules
+# what may differ from core to core, by the names of the flags (and of ride_along's options) that say it for all; and
+# its share of the core steps of the other schedules
 OWN = ("core_updates", "start", "share", "core_learning_rate_scale", "distill_weight")
 
 
@@ -34,8 +34,8 @@ def parse_cores(given: dict[str, Any] | str) -> dict[str, NamedCore]:
 
     Args: `given`: the options are those of the kind's config and `OWN`; kind is low_rank unless it is said.
 
-    Raises: ValueError for what is no such object, an unknown kind or option, a value out of range, or a name that metrics
-        and folders cannot have.
+    Raises: ValueError for what is no such object, an unknown kind or option, a value out of range, or a name that
+        metrics and folders cannot have.
 
     >>> parse_cores('{"small": {"rank": 8, "core_updates": 2}}')["small"].own
     {'core_updates': 2}
@@ -43,8 +43,8 @@ def parse_cores(given: dict[str, Any] | str) -> dict[str, NamedCore]:
     cores = json_object(given, "cores", '{"small": {"kind": "low_rank", "rank": 0.125}, "shallow": {"kind": "depth"}}')
     if not cores or not all(isinstance(values, Mapping) for values in cores.values()):
         raise ValueError(
-            f"got cores={given!r}; needs at least one core, each with an object of options, because that is what they are made "
-            "of; set --cores"
+            f"got cores={given!r}; needs at least one core, each with an object of options, because that is what they "
+            "are made of; set --cores"
         )
     parsed: dict[str, NamedCore] = {}
     for name, values in cores.items():
@@ -62,7 +62,8 @@ def _parse_core(values: Mapping[str, Any]) -> NamedCore:
     kind = options.pop("kind", (LoraCoreConfig if "peft_type" in options else LowRankCoreConfig).kind)
     if not isinstance(kind, str) or kind not in CORE_KINDS:
         raise ValueError(
-            f"got kind={kind!r}; needs one of {list(CORE_KINDS)}, because it says which options there are; set kind there"
+            f"got kind={kind!r}; needs one of {list(CORE_KINDS)}, because it says which options there are; set kind "
+            "there"
         )
     own = {option: options.pop(option) for option in OWN if option in options}
     for option, value in own.items():

@@ -109,8 +109,9 @@ def refuse_late_splits(config: Any, max_steps: int) -> None:
     for name, step in latest.items():
         if step >= max_steps:
             raise ValueError(
-                f"got {name}={getattr(config, name)} for {max_steps} update steps; needs less, because the core would not be split "
-                "there, nor where the schedule starts it; set it in --core_config, [] for a core that is never split"
+                f"got {name}={getattr(config, name)} for {max_steps} update steps; needs less, because the core would "
+                "not be split there, nor where the schedule starts it; set it in --core_config, [] for a core that is "
+                "never split"
             )
 
 
@@ -130,9 +131,9 @@ def refuse_no_split(core: Any, schedule: Schedule) -> None:
         and not split_steps(core.config, schedule, 100, 0)
     ):
         raise ValueError(
-            f"got init='activation' with the schedule {schedule}, which never splits the core; needs a split or calibration "
-            "before, because the core is fitted to inputs and has seen none; set split_at in --core_config, or call "
-            "add_core(model, config, calibration=batches) first"
+            f"got init='activation' with the schedule {schedule}, which never splits the core; needs a split or "
+            "calibration before, because the core is fitted to inputs and has seen none; set split_at in "
+            "--core_config, or call add_core(model, config, calibration=batches) first"
         )
 
 
@@ -149,7 +150,8 @@ def refuse_rungs(core: Core, plan: Plan, args: Any) -> None:
         ),
         "several processes that look for no unused parameters": (
             isinstance(core, DepthCore) and args.world_size > 1 and args.ddp_find_unused_parameters is False,
-            "they would wait for gradients of the blocks that a shallower rung skips; leave --ddp_find_unused_parameters unset",
+            "they would wait for gradients of the blocks that a shallower rung skips; leave "
+            "--ddp_find_unused_parameters unset",
         ),
         "running statistics and several processes": (
             args.world_size > 1 and running_statistics(core.model) is not None,
@@ -167,9 +169,9 @@ def refuse_rungs(core: Core, plan: Plan, args: Any) -> None:
 def behind_the_mixin(trainer: Any, method: str, purpose: str) -> ValueError:
     """The error of a trainer whose own method stands before this library's and leaves it out."""
     return ValueError(
-        f"got the trainer {type(trainer).__name__} with a {method} of its own before that of MaskedTrainerMixin; needs it behind, "
-        f"because it is one {purpose}; put it into a class of its own, class Own(Trainer), and train with "
-        "class Mine(MaskedTrainerMixin, Own)"
+        f"got the trainer {type(trainer).__name__} with a {method} of its own before that of MaskedTrainerMixin; "
+        f"needs it behind, because it is one {purpose}; put it into a class of its own, class Own(Trainer), and train "
+        "with class Mine(MaskedTrainerMixin, Own)"
     )
 
 
@@ -186,9 +188,10 @@ def refuse_own_optimizer(trainer: Any, mixin: type) -> None:
             raise behind_the_mixin(trainer, method, f"that makes the core's {what} as well")
     if trainer.optimizer is not None or trainer.lr_scheduler is not None:
         raise ValueError(
-            "got optimizers= for a model with a core; needs to make them, because the core's updates have an optimizer and a curve "
-            "of the same kind, and shared parameters stand in both; set optimizer_cls_and_kwargs=(SGD, {'lr': 0.1}), --optim, or a "
-            "create_optimizer in a class behind MaskedTrainerMixin"
+            "got optimizers= for a model with a core; needs to make them, because the core's updates have an "
+            "optimizer and a curve of the same kind, and shared parameters stand in both; set "
+            "optimizer_cls_and_kwargs=(SGD, {'lr': 0.1}), --optim, or a create_optimizer in a class behind "
+            "MaskedTrainerMixin"
         )
 
 

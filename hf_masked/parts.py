@@ -13,12 +13,14 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def made_whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, put together from its parts; to be called on every process. The tensor itself where it is whole."""
+    """All of a tensor, put together from its parts; to be called on every process. The tensor itself where it is
+    whole."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def part_of(whole: torch.Tensor, like: Any) -> torch.Tensor:
-    """The part of a tensor that goes with this process's part of `like`; the tensor itself where either lies as it should.
+    """The part of a tensor that goes with this process's part of `like`; the tensor itself where either lies as it
+    should.
 
     Args: `whole`: the same on every process, and broadcasts to the shape of `like`.
     """
@@ -45,7 +47,8 @@ def as_part(part: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def works_on_parts(rule: Any) -> bool:
-    """Whether a rule of a slot says that it does: by `on_parts = True`, or as a mask of whole tensors, which looks at names."""
+    """Whether a rule of a slot says that it does: by `on_parts = True`, or as a mask of whole tensors, which looks at
+    names."""
     owner = getattr(rule, "__self__", rule)
     return bool(getattr(owner, "on_parts", False) or getattr(owner, "whole_tensors", False))
 
@@ -53,7 +56,8 @@ def works_on_parts(rule: Any) -> bool:
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters as the optimizer has them, by name.
 
-    A forward pass without a backward (an evaluation) leaves some modules of a sharded model with whole parameters in their place.
+    A forward pass without a backward (an evaluation) leaves some modules of a sharded model with whole parameters in
+    their place.
     """
     for module in model.modules():
         if hasattr(type(module), "reshard"):  # asked of the class: a module looks through its tables for what it lacks

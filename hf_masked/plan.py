@@ -18,8 +18,8 @@ class Plan:
         full, core: how. For a "sum" update the core's loss weight and distillation are those of `core`, and
             `full` fills the slots, since the one update moves the parameters of both.
 
-    Raises: TypeError for a schedule that is no function; ValueError for a phase of the other network, and for a mask whose gradients
-        travel compressed under "sum".
+    Raises: TypeError for a schedule that is no function; ValueError for a phase of the other network, and for a mask
+        whose gradients travel compressed under "sum".
 
     >>> from hf_masked.schedules import Alternate
     >>> plan = Plan(Alternate(), core=Phase("core", distill_weight=0.5))
@@ -34,8 +34,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not callable(self.schedule):
             raise TypeError(
-                f"got schedule={self.schedule!r}; needs a function of StepInfo, because it is asked in every update step; set "
-                "Plan(make_schedule(...)), where a name or a dict will do"
+                f"got schedule={self.schedule!r}; needs a function of StepInfo, because it is asked in every update "
+                "step; set Plan(make_schedule(...)), where a name or a dict will do"
             )
         for name, phase in (("full", self.full), ("core", self.core)):
             if phase.network != name:
@@ -45,8 +45,8 @@ class Plan:
 
         if isinstance(self.schedule, Sum) and isinstance(self.full.grad_mask, CompressedReduction):
             raise ValueError(
-                "got compressed communication with the schedule sum; needs another schedule, because its one gradient comes "
-                "out of two reductions; set communicate in --method_config to 'dense', or --schedule"
+                "got compressed communication with the schedule sum; needs another schedule, because its one gradient "
+                "comes out of two reductions; set communicate in --method_config to 'dense', or --schedule"
             )
 
     def phases(self, info: StepInfo) -> tuple[Phase, ...]:
@@ -79,8 +79,9 @@ class Plan:
     def validate(self, max_steps: int, seed: int) -> None:
         """Refuse a plan that cannot do what it says.
 
-        Raises: ValueError where a step trains nothing, where anything but the core rides along or on anything but a full
-            update, or where a network is never trained although the schedule is neither "core_only" nor "full_only".
+        Raises: ValueError where a step trains nothing, where anything but the core rides along or on anything but a
+            full update, or where a network is never trained although the schedule is neither "core_only" nor
+            "full_only".
         """
         trained: set[Network] = set()
         for step in range(max_steps):
@@ -88,8 +89,9 @@ class Plan:
             rides = networks[1:]
             if not networks or any(n != "core" for n in rides) or (rides and networks[0] != "full"):
                 raise ValueError(
-                    f"got {networks} for update step {step}; needs one network, or 'full' and then only 'core', because what "
-                    "follows learns from the full network's update and must leave that network alone; mend the schedule of plan="
+                    f"got {networks} for update step {step}; needs one network, or 'full' and then only 'core', "
+                    "because what follows learns from the full network's update and must leave that network alone; "
+                    "mend the schedule of plan="
                 )
             trained.update(networks)
         if "sum" in trained:
@@ -105,8 +107,9 @@ class Plan:
         name = "core_only" if network == "full" else "full_only"
         if not trained and not isinstance(self.schedule, CoreOnly if network == "full" else FullOnly):
             raise ValueError(
-                f"got a {network} network of which all parameters are frozen; needs one that requires a gradient, because the "
-                f"schedule {self.schedule} trains it; call requires_grad_() on it, or set --schedule {name}"
+                f"got a {network} network of which all parameters are frozen; needs one that requires a gradient, "
+                f"because the schedule {self.schedule} trains it; call requires_grad_() on it, or set --schedule "
+                f"{name}"
             )
 
     def _check_trained(self, network: Network, trained: set[Network], alone: type, name: str, max_steps: int) -> None:
@@ -114,8 +117,8 @@ class Plan:
         if network in trained or isinstance(self.schedule, alone) or rides_nothing:
             return
         raise ValueError(
-            f"got the schedule {self.schedule} for {max_steps} update steps; needs one that trains the {network} network "
-            f"at least once, because joint training is of both; change its steps, or set --schedule {name}"
+            f"got the schedule {self.schedule} for {max_steps} update steps; needs one that trains the {network} "
+            f"network at least once, because joint training is of both; change its steps, or set --schedule {name}"
         )
 
 
@@ -129,8 +132,8 @@ def within_core(plan: Plan, inside: Mask | None) -> Plan:
     changing = hasattr(inside, "support")
     if plan.core.update_mask is not None or (changing and plan.core.grad_mask is not None):
         raise ValueError(
-            "got a mask of core updates with a core that has one of its own; needs none, because the core's says what they may "
-            "move; drop that mask, or set coupling='free', one rank and no grow_every in --core_config"
+            "got a mask of core updates with a core that has one of its own; needs none, because the core's says what "
+            "they may move; drop that mask, or set coupling='free', one rank and no grow_every in --core_config"
         )
     if changing:  # it asks for gradients of more than it trains, and what it takes in has no moments yet
         return replace(plan, core=replace(plan.core, grad_mask=inside, update_mask=inside, state_policy="reset"))

@@ -1,4 +1,5 @@
-"""What the updates of a run need, made once Trainer knows how many there are: optimizers, learning-rate curves, splits."""
+"""What the updates of a run need, made once Trainer knows how many there are: optimizers, learning-rate curves,
+splits."""
 
 from typing import Any
 

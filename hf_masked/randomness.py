@@ -13,7 +13,8 @@ import torch
 def random_state(device: torch.device, beside: Any = None) -> Callable[[], Any]:
     """What puts the streams of Python, NumPy, torch and the device back to where they are now.
 
-    Args: `beside`: an object, such as a data collator, whose own generators, and those of what it wraps, are put back too.
+    Args: `beside`: an object, such as a data collator, whose own generators, and those of what it wraps, are put back
+        too.
     """
     restores: list[Callable[[], Any]] = [
         partial(random.setstate, random.getstate()),
@@ -56,7 +57,8 @@ def _restore(generator: Any) -> Callable[[], Any]:
 
 @contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Afterwards the streams of Python, NumPy, torch and the device are where they were: what was drawn is drawn again."""
+    """Afterwards the streams of Python, NumPy, torch and the device are where they were: what was drawn is drawn
+    again."""
     put_back = random_state(device)
     try:
         yield

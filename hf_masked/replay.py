@@ -1,6 +1,7 @@
 """The replay buffer: the last n batches of the full updates, with the logits that those computed anyway.
 
-Batches from before the core starts are kept as well, without logits: the core has not seen them, and they cost nothing.
+Batches from before the core starts are kept as well, without logits: the core has not seen them, and they cost
+nothing.
 """
 
 from collections import deque
@@ -62,7 +63,8 @@ class Batch:
 class ReplayBuffer:
     """The last `capacity` batches that a core may learn from, in main memory, and how often it has learned from each.
 
-    Several cores have one each, which hold the same `Batch` objects; what another core was taught of a batch stays that one's.
+    Several cores have one each, which hold the same `Batch` objects; what another core was taught of a batch stays
+    that one's.
 
     Args: `capacity` >= 0 batches; 0 keeps none.
     """
@@ -85,7 +87,8 @@ class ReplayBuffer:
                 )
 
     def add(self, batch: Batch, uses: int = 0, taught: bool = True) -> None:
-        """Append a batch in main memory that the core has learned from `uses` times, dropping the oldest one of a full buffer.
+        """Append a batch in main memory that the core has learned from `uses` times, dropping the oldest one of a full
+        buffer.
 
         Args: `taught`: whether what the full network said to it, if anything, is for this core.
         """
@@ -139,7 +142,8 @@ def size_of(buffers: Sequence[ReplayBuffer]) -> int:
 
 
 def save_buffers(buffers: Mapping[str, ReplayBuffer], file: Path) -> None:
-    """Write the buffers of the cores of these names as one safetensors file, each batch once; one alone as its `save` does."""
+    """Write the buffers of the cores of these names as one safetensors file, each batch once; one alone as its `save`
+    does."""
     if len(buffers) == 1:
         return next(iter(buffers.values())).save(file)
     distinct = _distinct(list(buffers.values()))

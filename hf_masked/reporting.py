@@ -33,7 +33,8 @@ class JointReportingMixin(JointHooks):
         waiting = self._waiting()
         cores = {name: core for name, core in cores.items() if name not in waiting}
         alone = not self._joint or self._evaluating_core or inside or not cores
-        # each core is evaluated on what the full network is, where the collator draws (masked language modelling) as well
+        # each core is evaluated on what the full network is, where the collator draws (masked language modelling) as
+        # well
         collator = getattr(dataloader, "collate_fn", None)
         drawn_again = None if alone else random_state(self.args.device, collator)
         output: Any = super().evaluation_loop(
@@ -66,7 +67,8 @@ class JointReportingMixin(JointHooks):
         return output
 
     def _waiting(self) -> set[str]:
-        """The cores of which evaluations in training say nothing yet: all that could be told is of what they were made as."""
+        """The cores of which evaluations in training say nothing yet: all that could be told is of what they were made
+        as."""
         steps = self.state.global_step
         return {run.name for run in self._cores if self.is_in_train and not run.has_begun(steps)}
 
@@ -128,7 +130,8 @@ class JointReportingMixin(JointHooks):
         super().log(logs, start_time)
 
     def _add_scalars(self, logs: dict[str, Any]) -> None:
-        """The scalars of the method that have changed since they were last logged, by this run or the one it resumes."""
+        """The scalars of the method that have changed since they were last logged, by this run or the one it
+        resumes."""
         info = StepInfo(max(0, self.state.global_step - 1), self.state.max_steps, getattr(self.args, "mask_seed", 0))
         now: dict[str, float] = {}
         phases = [(self.plan.full, "method_"), *((run.phase, f"method_{run.name}_") for run in self._cores)]
@@ -168,6 +171,7 @@ def refuse_eval_names(eval_dataset: Any, cores: Sequence[str]) -> None:
     for name in eval_dataset if isinstance(eval_dataset, dict) else ():
         if taken := [core for core in cores if f"{name}_".startswith(f"{core}_")]:
             raise ValueError(
-                f"got the evaluation set {name!r} beside the core {taken[0]!r}; needs another name, because eval_{name}_loss would be "
-                "of the full network on that set, and reads as the core's; rename it in eval_dataset="
+                f"got the evaluation set {name!r} beside the core {taken[0]!r}; needs another name, because "
+                f"eval_{name}_loss would be of the full network on that set, and reads as the core's; rename it in "
+                "eval_dataset="
             )

@@ -49,7 +49,8 @@ class RidingMixin(UpdateStepMixin):
                 stepper.scheduler.step()
 
     def _buffer(self, step: UpdateStep) -> None:
-        """Give the batch to the cores that learn from it in this step, or may in a later one; all hold the same copy of it.
+        """Give the batch to the cores that learn from it in this step, or may in a later one; all hold the same copy
+        of it.
 
         None of an update that was not made: what the full network said then may not be finite either.
         """
@@ -64,7 +65,8 @@ class RidingMixin(UpdateStepMixin):
             run.replay.add(kept, taught=False)
 
     def _ride(self, step: UpdateStep, phases: tuple[Phase, ...]) -> None:
-        """The updates of a core that follow a full one: on its own batch first, then on batches drawn from the buffer."""
+        """The updates of a core that follow a full one: on its own batch first, then on batches drawn from the
+        buffer."""
         newest = self._core.given(step.seen)
         held = self.current_gradient_accumulation_steps
         self._use(self._core)

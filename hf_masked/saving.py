@@ -86,9 +86,9 @@ class JointSavingMixin(HubMixin, TrainingStateMixin):
             if not _says_the_disk(error):
                 raise
             raise OSError(
-                f"got {type(error).__name__}: {error} while saving {name} in {run_dir}; needs space and the right to write "
-                "there, because a checkpoint counts only when all of it is saved; what was saved before is untouched: make "
-                "room and resume from it, or set --output_dir or --save_total_limit"
+                f"got {type(error).__name__}: {error} while saving {name} in {run_dir}; needs space and the right to "
+                "write there, because a checkpoint counts only when all of it is saved; what was saved before is "
+                "untouched: make room and resume from it, or set --output_dir or --save_total_limit"
             ) from error
         finally:
             self._in_checkpoint = False
@@ -187,8 +187,8 @@ class JointSavingMixin(HubMixin, TrainingStateMixin):
             joint_state.load_weights(self.model, core, checkpoint)
 
     def _load_whole(self, checkpoint: str) -> bool:
-        """Read a model without a core, all of it or none; False leaves it to Trainer: what is no transformers model, or
-        where nothing is switched on.
+        """Read a model without a core, all of it or none; False leaves it to Trainer: what is no transformers model,
+        or where nothing is switched on.
 
         Raises: ValueError for what Trainer would unpickle, and as `load_full`.
         """
@@ -200,8 +200,8 @@ class JointSavingMixin(HubMixin, TrainingStateMixin):
             return True
         if pickled := sorted(Path(checkpoint).rglob("*.bin")):
             raise ValueError(
-                f"got the checkpoint {checkpoint} with {pickled[0].name}; needs safetensors, because nothing is unpickled; "
-                "name another checkpoint"
+                f"got the checkpoint {checkpoint} with {pickled[0].name}; needs safetensors, because nothing is "
+                "unpickled; name another checkpoint"
             )
         return False
 

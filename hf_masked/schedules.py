@@ -131,7 +131,8 @@ class Sum(NoSplit):
 
 @dataclass(frozen=True)
 class FullThenJoint:
-    """`full_steps` full steps (an int or a fraction of the run), then full and core in turn; the core is split there."""
+    """`full_steps` full steps (an int or a fraction of the run), then full and core in turn; the core is split
+    there."""
 
     full_steps: int | float = 0.5
 
@@ -177,10 +178,12 @@ class FullOnly(NoSplit):
 
 
 class RoundRobin:
-    """What one of several cores is trained in by a schedule whose core steps go round them, each as often as its share says.
+    """What one of several cores is trained in by a schedule whose core steps go round them, each as often as its share
+    says.
 
-    A core step goes to the core that is furthest behind its share of them, the first of equals; so after any number of core
-    steps each has had its share of them to within one. To this core, a step of another is one that it is not trained in: "full".
+    A core step goes to the core that is furthest behind its share of them, the first of equals; so after any number of
+    core steps each has had its share of them to within one. To this core, a step of another is one that it is not
+    trained in: "full".
 
     Args:
         schedule: of all, pure.
@@ -230,9 +233,9 @@ class RoundRobin:
 
     def _no_sum(self) -> ValueError:
         return ValueError(
-            f"got several cores with the schedule {self.schedule}; needs one that trains one network in an update, because the "
-            "one optimizer and gradient norm of a sum would be of all cores, and none would come out as its own updates make it; "
-            "set --schedule alternate, whose core steps go round the cores"
+            f"got several cores with the schedule {self.schedule}; needs one that trains one network in an update, "
+            "because the one optimizer and gradient norm of a sum would be of all cores, and none would come out as "
+            "its own updates make it; set --schedule alternate, whose core steps go round the cores"
         )
 
 
@@ -264,6 +267,7 @@ def make_schedule(spec: dict[str, Any] | str | None) -> Schedule:
     known = {field.name for field in dataclasses.fields(SCHEDULES[name])}
     if unknown := set(options) - known:
         raise ValueError(
-            f"got the options {sorted(unknown)} for the schedule {name!r}; needs some of {sorted(known)}; set --schedule"
+            f"got the options {sorted(unknown)} for the schedule {name!r}; needs some of {sorted(known)}; set "
+            "--schedule"
         )
     return SCHEDULES[name](**options)

@@ -67,8 +67,8 @@ class SkippedSteps:
         if self._in_a_row == _PATIENCE:
             raise FloatingPointError(
                 f"got a gradient that is not finite in {_PATIENCE} update steps in a row; needs finite ones, because "
-                "nothing is trained any more; set a smaller --learning_rate, --core_learning_rate_scale or perturbation "
-                "(rho, sigma, sparsity), and resume from the last checkpoint"
+                "nothing is trained any more; set a smaller --learning_rate, --core_learning_rate_scale or "
+                "perturbation (rho, sigma, sparsity), and resume from the last checkpoint"
             )
 
 
@@ -108,8 +108,8 @@ class SecondPassMixin(ForwardPassMixin):
         under_way: ForwardPass,
         parameters: Mapping[str, nn.Parameter],
     ) -> dict[str, torch.Tensor]:
-        """The gradient of this microbatch's loss by `parameters` at x, without a trace: the next pass draws the same random
-        numbers."""
+        """The gradient of this microbatch's loss by `parameters` at x, without a trace: the next pass draws the same
+        random numbers."""
         with (
             random_state_kept(self.args.device),
             self._host_metrics_apart(),
@@ -164,7 +164,8 @@ class SecondPassMixin(ForwardPassMixin):
         return not finite
 
     def _is_checked_early(self, phase: Phase) -> bool:
-        """Whether one gradient that is not finite would stay: displaced ones may be so often, and a rule may remember it."""
+        """Whether one gradient that is not finite would stay: displaced ones may be so often, and a rule may remember
+        it."""
         return self._perturbs(phase) or any(hasattr(rule, "load_state_dict") for rule in rules_of(phase))
 
     def _perturbs(self, phase: Phase) -> bool:
@@ -172,7 +173,8 @@ class SecondPassMixin(ForwardPassMixin):
         return any(p.perturbation is not None for p in made_by)
 
     def _skip_unless_finite(self, norm: Any) -> None:
-        """The same for the other updates of a joint run, by the norm of the reduced gradient, so alike on every process."""
+        """The same for the other updates of a joint run, by the norm of the reduced gradient, so alike on every
+        process."""
         phase = self._now().phase
         if self._is_checked_early(phase) or self.accelerator.scaler is not None:
             return
@@ -189,8 +191,8 @@ class SecondPassMixin(ForwardPassMixin):
 
 
 def refuse_phases(trainer: Any, phases: tuple[Phase, ...]) -> None:
-    """Refuse, before any training, fresh batches from data without an index, a backward of its own under compilation or in
-    networks it does not fit, and subnets of what cannot be dealt out.
+    """Refuse, before any training, fresh batches from data without an index, a backward of its own under compilation
+    or in networks it does not fit, and subnets of what cannot be dealt out.
 
     Args: `phases` of the full network and of each core.
 
@@ -206,13 +208,14 @@ def refuse_phases(trainer: Any, phases: tuple[Phase, ...]) -> None:
     fresh = any(getattr(phase.perturbation, "fresh_batch", False) for phase in phases)
     if fresh and dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ValueError(
-            f"got fresh batches from a {type(dataset).__name__}; needs a data set with a length and an index, because their "
-            "examples are drawn by (seed, step), so that a resumed run draws them again; set fresh_batch to false"
+            f"got fresh batches from a {type(dataset).__name__}; needs a data set with a length and an index, because "
+            "their examples are drawn by (seed, step), so that a resumed run draws them again; set fresh_batch to "
+            "false"
         )
     if trainer.args.torch_compile and any(phase.backward is not None for phase in phases):
         raise ValueError(
-            "got a backward of its own with --torch_compile; needs a run without, because layers exchange their forward in "
-            "every update, and each exchange would compile anew; drop one of them"
+            "got a backward of its own with --torch_compile; needs a run without, because layers exchange their "
+            "forward in every update, and each exchange would compile anew; drop one of them"
         )
 
 

@@ -97,8 +97,8 @@ def _checked(folder: Path, name: str) -> tuple[Any, bool]:
     stored = stored_shapes(of_tensors) if wanted else {}
     if wrong := sorted(key for key in wanted.keys() | stored.keys() if wanted.get(key) != stored.get(key)):
         raise ValueError(
-            f"got {of_tensors}, which differs from {file.name} at {wrong[:3]}; needs the tensors that it was saved with, "
-            "because a half-loaded state would train on; name another checkpoint"
+            f"got {of_tensors}, which differs from {file.name} at {wrong[:3]}; needs the tensors that it was saved "
+            "with, because a half-loaded state would train on; name another checkpoint"
         )
     return tree, bool(wanted)
 
@@ -121,8 +121,8 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         listed = [_encode(v, f"{path}.{index}", tensors) for index, v in enumerate(value)]
         return listed if isinstance(value, list) else {"tuple": listed}
     raise TypeError(
-        f"got a {type(value).__name__} as {path}; needs tensors, numbers, strings, lists and dicts, because a checkpoint "
-        "holds no pickles; set another --optim or --lr_scheduler_type, or --save_only_model"
+        f"got a {type(value).__name__} as {path}; needs tensors, numbers, strings, lists and dicts, because a "
+        "checkpoint holds no pickles; set another --optim or --lr_scheduler_type, or --save_only_model"
     )
 
 
@@ -183,6 +183,6 @@ def reading(file: Path) -> Iterator[None]:
         ValueError,
     ) as error:
         raise ValueError(
-            f"got the unreadable file {file} ({type(error).__name__}: {error}); needs what was saved there; it is missing, "
-            "damaged or cut off: name another checkpoint"
+            f"got the unreadable file {file} ({type(error).__name__}: {error}); needs what was saved there; it is "
+            "missing, damaged or cut off: name another checkpoint"
         ) from error

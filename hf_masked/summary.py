@@ -29,8 +29,8 @@ class NetworkSize:
 
 @dataclass(frozen=True, repr=False)
 class CoreSummary:
-    """Sizes of the full network and of its core, module path -> rank of a low-rank one, and name -> size of the smaller
-    cores of a ladder; it is shown and printed as a table.
+    """Sizes of the full network and of its core, module path -> rank of a low-rank one, and name -> size of the
+    smaller cores of a ladder; it is shown and printed as a table.
 
     Args:
         name: of the core.

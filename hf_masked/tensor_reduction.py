@@ -26,7 +26,8 @@ def known_in_backward(rule: Mask | ParameterMask | None) -> bool:
 
 
 class Reduction:
-    """A hook of DistributedDataParallel that reduces gradients in its place, and counts the bytes that this process hands over."""
+    """A hook of DistributedDataParallel that reduces gradients in its place, and counts the bytes that this process
+    hands over."""
 
     def __init__(self) -> None:
         self.bytes_sent = 0
@@ -34,7 +35,8 @@ class Reduction:
         self._networks: WeakSet[nn.Module] = WeakSet()
 
     def attach(self, network: Any, names: Mapping[str, nn.Parameter], now: Callable[[], StepInfo]) -> None:
-        """Reduce this network's gradients from now on; nothing happens where it is attached already, or not distributed.
+        """Reduce this network's gradients from now on; nothing happens where it is attached already, or not
+        distributed.
 
         Args:
             names: parameters by the name that rules know them by.
@@ -54,7 +56,8 @@ class Reduction:
 
 
 class TensorReduction(Reduction):
-    """A hook of DistributedDataParallel that reduces the tensors that a mask keeps, leaves 0 in the others, and counts bytes.
+    """A hook of DistributedDataParallel that reduces the tensors that a mask keeps, leaves 0 in the others, and counts
+    bytes.
 
         g <- p (.) 1/W sum over w of g_w,   p of whole tensors, the same on all of W processes
 
@@ -63,8 +66,9 @@ class TensorReduction(Reduction):
     Args:
         rule: the mask p, `known_in_backward`.
 
-    Cost on the wire: the bytes of what is kept. A bucket of which all is kept travels as it is; of another, what is kept is
-    copied out and back. `bytes_sent` counts what this process has handed over, `bytes_of_update` that of the last update.
+    Cost on the wire: the bytes of what is kept. A bucket of which all is kept travels as it is; of another, what is
+    kept is copied out and back. `bytes_sent` counts what this process has handed over, `bytes_of_update` that of the
+    last update.
     """
 
     def __init__(self, rule: Mask | ParameterMask | None = None):

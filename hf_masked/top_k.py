@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-# entries of the logits worked on at once: 1 MiB in float32 on a processor; on an accelerator many in a selection, and as many shares
-# as its cache holds, which are written and read again
+# entries of the logits worked on at once: 1 MiB in float32 on a processor; on an accelerator many in a selection, and
+# as many shares as its cache holds, which are written and read again
 _CPU_ENTRIES, _AT_ONCE, _CACHED = 2**18, 2**28, 2**23
 
 
@@ -61,8 +61,8 @@ def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest entries of each row and where they are: torch.topk, in no particular order.
 
     In two stages where that is less to select from. Entry c of a row is in block c mod m. No entry of a
-    block that is not among the k with the largest maxima can be larger than all those k maxima, so the k largest entries are in
-    those k blocks; equal ones may be swapped for each other, as torch.topk leaves open too.
+    block that is not among the k with the largest maxima can be larger than all those k maxima, so the k largest
+    entries are in those k blocks; equal ones may be swapped for each other, as torch.topk leaves open too.
 
     Args:
         rows: (n, classes).

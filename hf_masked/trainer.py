@@ -1,7 +1,8 @@
 """`Trainer` with a core inside: a mixin over the hooks that Trainer means subclasses to override.
 
-Here: what is made of a model and its arguments. `preparation.py` makes the optimizers, `update_step.py` the updates, `riding.py`
-those that follow; `reporting.py` evaluates and logs both networks, `saving.py` saves, resumes and pushes them.
+Here: what is made of a model and its arguments. `preparation.py` makes the optimizers, `update_step.py` the updates,
+`riding.py` those that follow; `reporting.py` evaluates and logs both networks, `saving.py` saves, resumes and pushes
+them.
 """
 
 from collections.abc import Iterator
@@ -48,23 +49,24 @@ from .second_pass import SkippedSteps, refuse_phases
 class MaskedTrainerMixin(PreparationMixin, RidingMixin, DistributedMixin, JointReportingMixin, JointSavingMixin):
     """Joint training of a full network and its core, for any `Trainer`: `class Mine(MaskedTrainerMixin, SFTTrainer)`.
 
-    Update step t trains the networks that `plan.schedule` names, each by x <- x - lr p (.) g(x + dx) with the dx and p of its
-    `Phase`. Without a core, a method and a plan it is Trainer, bit for bit; under `ride_along` the full network, its
-    optimizer, and every number logged about it are Trainer's, bit for bit.
+    Update step t trains the networks that `plan.schedule` names, each by x <- x - lr p (.) g(x + dx) with the dx and p
+    of its `Phase`. Without a core, a method and a plan it is Trainer, bit for bit; under `ride_along` the full
+    network, its optimizer, and every number logged about it are Trainer's, bit for bit.
 
     Args:
         model, args: with a core (`add_core`, or one that args ask for), args has the fields of `MaskedArgumentsMixin`.
         plan: a Plan in place of the one that the arguments' `schedule` and its companions describe.
         Everything else is Trainer's.
 
-    Raises, at construction: ValueError for what cannot be trained jointly, or would be ignored; TypeError for a core and
-        arguments without those fields, for a plan that is none, and for Trainer in front of this class; NotADirectoryError, PermissionError or
-        FileExistsError for an output_dir that `export` could not write to.
+    Raises, at construction: ValueError for what cannot be trained jointly, or would be ignored; TypeError for a core
+        and arguments without those fields, for a plan that is none, and for Trainer in front of this class;
+        NotADirectoryError, PermissionError or FileExistsError for an output_dir that `export` could not write to.
 
-    Cost: the core's parameters and training state, its own updates, `distill_buffer` batches with their largest logits in main
-        memory; of a method, what its card says.
+    Cost: the core's parameters and training state, its own updates, `distill_buffer` batches with their largest logits
+        in main memory; of a method, what its card says.
 
-    Source: Mohtashami, Jaggi, Stich, AISTATS 2022, arXiv 2106.08895; `ride_along` and what it teaches are this package's.
+    Source: Mohtashami, Jaggi, Stich, AISTATS 2022, arXiv 2106.08895; `ride_along` and what it teaches are this
+        package's.
 
     >>> class Mine(MaskedTrainerMixin, Trainer): ...
     >>> class Wrong(Trainer, MaskedTrainerMixin): ...
@@ -76,8 +78,8 @@ class MaskedTrainerMixin(PreparationMixin, RidingMixin, DistributedMixin, JointR
         super().__init_subclass__(**kwargs)
         if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(MaskedTrainerMixin):
             raise TypeError(
-                f"got class {cls.__name__} with Trainer before MaskedTrainerMixin; needs it behind, because Trainer's methods would "
-                f"hide the mixin's; write class {cls.__name__}(MaskedTrainerMixin, ...)"
+                f"got class {cls.__name__} with Trainer before MaskedTrainerMixin; needs it behind, because Trainer's "
+                f"methods would hide the mixin's; write class {cls.__name__}(MaskedTrainerMixin, ...)"
             )
 
     def __init__(self, model: Any = None, args: Any = None, *positional: Any, plan: Plan | None = None, **kwargs: Any):
@@ -184,8 +186,8 @@ class MaskedTrainerMixin(PreparationMixin, RidingMixin, DistributedMixin, JointR
 
     @property
     def core_model(self) -> nn.Module:  # type: ignore[override]
-        """The core network, of several the first one: a model of the same class as `model`. Inside an update, the one that is
-        trained in it."""
+        """The core network, of several the first one: a model of the same class as `model`. Inside an update, the one
+        that is trained in it."""
         return self._the_core().model
 
     def _the_core(self) -> Core:
@@ -228,8 +230,8 @@ class MaskedTrainer(MaskedTrainerMixin, Trainer):
 
 
 class MaskedSeq2SeqTrainer(MaskedTrainerMixin, Seq2SeqTrainer):
-    """`Seq2SeqTrainer` that trains a model and its core together; the core is evaluated by generating, too, where the full
-    network is.
+    """`Seq2SeqTrainer` that trains a model and its core together; the core is evaluated by generating, too, where the
+    full network is.
 
     Args, Raises, Cost and Source: those of `MaskedTrainerMixin`.
     """

@@ -1,11 +1,12 @@
-"""What Trainer pickles into a checkpoint, without pickles: `checkpoint-N/training_state/`, as `state_files.py` writes it.
+"""What Trainer pickles into a checkpoint, without pickles: `checkpoint-N/training_state/`, as `state_files.py` writes
+it.
 
 optimizer, scheduler, scaler   their state dicts; the optimizer's with the shapes of the parameters that it fits
 rng_state                      the random streams of Python, NumPy, torch and the device, one file per process
 run                            the settings that place a step in the data, and how many updates were skipped
 
-Without a core, a method and a plan, MaskedTrainer leaves all of it to Trainer, pickles included, so that either resumes
-the other's checkpoints. Otherwise a checkpoint of Trainer's is refused, since nothing is unpickled.
+Without a core, a method and a plan, MaskedTrainer leaves all of it to Trainer, pickles included, so that either
+resumes the other's checkpoints. Otherwise a checkpoint of Trainer's is refused, since nothing is unpickled.
 """
 
 import random
@@ -33,7 +34,8 @@ class TrainingStateMixin(JointHooks):
         return name if self.args.world_size == 1 else f"{name}_{self.args.process_index}"
 
     def _settings(self) -> dict[str, Any]:
-        """What decides which examples an update step sees, and with a core which network it trains, by the name of its flag."""
+        """What decides which examples an update step sees, and with a core which network it trains, by the name of its
+        flag."""
         settings: dict[str, Any] = {
             "world_size": self.args.world_size,
             "per_device_train_batch_size": self._train_batch_size,
@@ -65,15 +67,17 @@ class TrainingStateMixin(JointHooks):
         if not self._trains_slots:
             if folder.exists():
                 raise ValueError(
-                    f"got the checkpoint {checkpoint} made with a core or a method; needs a run with the same, because "
-                    "its optimizer would begin anew; set --core and --method as they were, or name another checkpoint"
+                    f"got the checkpoint {checkpoint} made with a core or a method; needs a run with the same, "
+                    "because its optimizer would begin anew; set --core and --method as they were, or name another "
+                    "checkpoint"
                 )
             return
         if not folder.exists():
             pickled = [name for name in _PICKLED if Path(checkpoint, name).exists()]
             why = (
-                f"whose optimizer is pickled in {pickled[0]}; needs {FOLDER}/, because nothing is unpickled; resume it "
-                "with what saved it (Trainer, or an earlier hf_masked), or begin a run from its weights as the model"
+                f"whose optimizer is pickled in {pickled[0]}; needs {FOLDER}/, because nothing is unpickled; resume "
+                "it with what saved it (Trainer, or an earlier hf_masked), or begin a run from its weights as the "
+                "model"
                 if pickled
                 else f"without {FOLDER}/; needs it to resume where it was; it was saved with --save_only_model, or is "
                 "incomplete: name another checkpoint"
@@ -93,9 +97,9 @@ class TrainingStateMixin(JointHooks):
                 said = {"world_size": "start as many processes", "schedule": "set --schedule as it was"}
                 how = said.get(name, f"set --{name} {theirs.get(name)}")
                 raise ValueError(
-                    f"got {name} {mine} to resume {folder.parent}, made with {theirs.get(name)}; needs the same, because "
-                    f"its update steps would see other examples or random numbers, or train another network; {how}, or begin a run "
-                    "from its weights as the model"
+                    f"got {name} {mine} to resume {folder.parent}, made with {theirs.get(name)}; needs the same, "
+                    "because its update steps would see other examples or random numbers, or train another network; "
+                    f"{how}, or begin a run from its weights as the model"
                 )
 
     # ---- saving ----
@@ -141,9 +145,9 @@ class TrainingStateMixin(JointHooks):
             state, shapes = stored["state"], stored["shapes"]
         if shapes != _shapes(self.optimizer):
             raise ValueError(
-                f"got the checkpoint {checkpoint} of an optimizer over parameters of other shapes or in another order; needs "
-                "those of this run, because moments would be taken for those of other parameters; set the model, --optim "
-                "and what is frozen as they were"
+                f"got the checkpoint {checkpoint} of an optimizer over parameters of other shapes or in another "
+                "order; needs those of this run, because moments would be taken for those of other parameters; set "
+                "the model, --optim and what is frozen as they were"
             )
         with reading(folder / "optimizer.json"):
             load_optimizer(self.optimizer, state)

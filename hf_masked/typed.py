@@ -30,8 +30,8 @@ def check_type(name: str, value: object, hint: Any, advice: str) -> None:
     """
     if not _fits(value, hint):
         raise ValueError(
-            f"got {name}={value!r}; needs {_spelt(hint)}, because anything else would be read as something it does not mean; "
-            f"{advice}"
+            f"got {name}={value!r}; needs {_spelt(hint)}, because anything else would be read as something it does "
+            f"not mean; {advice}"
         )
 
 
@@ -73,7 +73,8 @@ def from_json(value: Any, name: str, rule: str, advice: str) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """What JSON would hold of a value: dicts for dataclass objects, lists for sets and tuples, their values for enumerations.
+    """What JSON would hold of a value: dicts for dataclass objects, lists for sets and tuples, their values for
+    enumerations.
 
     >>> as_json({"target_modules": {"v_proj", "q_proj"}})
     {'target_modules': ['q_proj', 'v_proj']}

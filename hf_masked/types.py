@@ -36,7 +36,8 @@ class StepInfo:
         seed: `mask_seed` of the run.
         update: 0 for the update made on the trainer's own batch, 1, 2, ... for the core updates that ride along.
         learning_rate: of this update's first parameter group, for perturbations; None where it is not known.
-        turn: how many core updates of the run come before this one, where the core is trained at several sizes; else 0.
+        turn: how many core updates of the run come before this one, where the core is trained at several sizes; else
+            0.
 
     >>> StepInfo(step=3, max_steps=10, seed=0).random_seed("grad_mask", "lm_head.weight")
     48511680502227794
@@ -50,7 +51,8 @@ class StepInfo:
     turn: int = 0
 
     def random_seed(self, *names: str) -> int:
-        """A seed that depends on (seed, step, update, names) alone, so a resumed run draws what it would have drawn."""
+        """A seed that depends on (seed, step, update, names) alone, so a resumed run draws what it would have
+        drawn."""
         text = "/".join([str(self.seed), str(self.step), str(self.update), *names])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
@@ -96,10 +98,11 @@ class Mask(Protocol):
 
     whole_tensors = True: it looks at names alone and answers with plain bools, so it is asked before the forward pass
         (with parameters in place of gradients), and nothing is differentiated that it leaves out.
-    known_in_backward = True: it answers with plain bools too, but only once the forward pass has been made; among several
-        processes it is asked then, and what it leaves out is not sent.
-    on_parts = True: of a sharded model (FSDP2) it is asked as well, with DTensors. It answers with whole tensors, the same on
-        every process, or with DTensors made of these. Perturbations may say so too; what does not is refused there.
+    known_in_backward = True: it answers with plain bools too, but only once the forward pass has been made; among
+        several processes it is asked then, and what it leaves out is not sent.
+    on_parts = True: of a sharded model (FSDP2) it is asked as well, with DTensors. It answers with whole tensors, the
+        same on every process, or with DTensors made of these. Perturbations may say so too; what does not is refused
+        there.
     needs_parameters = True: it is called as rule(info, gradients, parameters), a `ParameterMask`.
     error: a dict of tensors by name; added to the gradients before it is asked, and set to what its mask left out.
     support(info, parameters) -> masks: asked before the forward pass; entries with False are set to zero there. Empty
@@ -129,8 +132,9 @@ class ParameterMask(Protocol):
 class Backward(Protocol):
     """How a pass is run: a context around forward and backward of each microbatch of `network`.
 
-    It leaves the parameters alone. What it leaves out (entries of output gradients, whole blocks) is its own business. What
-    it may have besides: check(network), called before any training, raises ValueError for a network that it does not fit.
+    It leaves the parameters alone. What it leaves out (entries of output gradients, whole blocks) is its own business.
+    What it may have besides: check(network), called before any training, raises ValueError for a network that it does
+    not fit.
     """
 
     def __call__(self, info: StepInfo, network: nn.Module) -> AbstractContextManager[None]: ...  # pragma: no cover
@@ -141,8 +145,9 @@ class Schedule(Protocol):
 
     The first entry is trained on the trainer's own batch; further entries are core updates that ride along.
 
-    What it may have besides, looked for by name: split_step(max_steps) -> the update step before which the core becomes
-    the best part of the full network, or None for never. Without it, that is the first step with a core update that rides along.
+    What it may have besides, looked for by name: split_step(max_steps) -> the update step before which the core
+    becomes the best part of the full network, or None for never. Without it, that is the first step with a core update
+    that rides along.
     """
 
     def __call__(self, info: StepInfo) -> tuple[Network, ...]: ...  # pragma: no cover
@@ -152,15 +157,16 @@ class Schedule(Protocol):
 class Phase:
     """How an update of one network is made: its three slots, and for the core, how it learns from the full one.
 
-    x <- step of the optimizer on  grad_mask (.) g(x + perturbation), where update_mask is 1; x as it was where that is 0.
-    Loss of a core update: loss_weight * ((1 - w) * label loss + w * T^2 * divergence from the full network's logits / T).
+    x <- step of the optimizer on  grad_mask (.) g(x + perturbation), where update_mask is 1; x as it was where that is
+    0. Loss of a core update: loss_weight * ((1 - w) * label loss + w * T^2 * divergence from the full network's logits
+    / T).
 
     Args:
         network: "full", "core", or "sum" (the gradients of both losses in one update).
         perturbation, grad_mask, update_mask: the slots; None means dx = 0, p = 1.
         backward: how forward and backward are run; None means as they are.
-        state_policy: what becomes of the optimizer state of entries that `update_mask` holds still: "freeze" leaves it,
-            "decay" updates it with a zero gradient, "reset" sets it to zero.
+        state_policy: what becomes of the optimizer state of entries that `update_mask` holds still: "freeze" leaves
+            it, "decay" updates it with a zero gradient, "reset" sets it to zero.
         offload_state: optimizer state of tensors that are held still as a whole lies in main memory.
         loss_weight: factor of the core's loss, > 0.
         distill_weight: w in [0, 1] of  (1 - w) label loss + w divergence from the full network's logits.
@@ -168,8 +174,8 @@ class Phase:
 
     Raises: ValueError for a value out of range.
 
-    Cost: none of an empty slot; of a perturbation one copy of what it displaces (and of a `GradientPerturbation` another forward
-        and backward); else what the rule in the slot says.
+    Cost: none of an empty slot; of a perturbation one copy of what it displaces (and of a `GradientPerturbation`
+        another forward and backward); else what the rule in the slot says.
 
     >>> def first_half(info, gradients):
     ...     return {name: info.step < info.max_steps / 2 for name in gradients}
@@ -197,8 +203,8 @@ class Phase:
             )
         if not 0 < self.loss_weight < math.inf:
             raise ValueError(
-                f"got core_loss_weight={self.loss_weight}; needs a finite number > 0, because a core step without a loss "
-                "trains nothing; set --core_loss_weight, or --schedule full_only to leave the core alone"
+                f"got core_loss_weight={self.loss_weight}; needs a finite number > 0, because a core step without a "
+                "loss trains nothing; set --core_loss_weight, or --schedule full_only to leave the core alone"
             )
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(
@@ -207,8 +213,8 @@ class Phase:
             )
         if not 0 < self.distill_temperature < math.inf:
             raise ValueError(
-                f"got distill_temperature={self.distill_temperature}; needs a finite number > 0, because logits are divided "
-                "by it; set --distill_temperature"
+                f"got distill_temperature={self.distill_temperature}; needs a finite number > 0, because logits are "
+                "divided by it; set --distill_temperature"
             )
 
     @property

@@ -130,7 +130,8 @@ class UpdateStepMixin(WatchedStepMixin):
     def _core_forward_backward(
         self, inputs: Any, num_items: Any, phase: Phase, teaching: Teaching | None, last: bool
     ) -> torch.Tensor:
-        """Forward and backward of one microbatch, the last of its update or not, through the core at the size of the update."""
+        """Forward and backward of one microbatch, the last of its update or not, through the core at the size of the
+        update."""
         core = self._the_core()
         with core.at_rung(core.rung(self._now().info)):
             network = self._reduced_core(inputs, num_items, phase, teaching)
@@ -176,8 +177,8 @@ class UpdateStepMixin(WatchedStepMixin):
         return found[phase.network]
 
     def _hold_still(self, phase: Phase) -> None:
-        """What a mask's support leaves out is zero; what a mask of whole tensors leaves out is not differentiated by, where
-        the graph may change from step to step."""
+        """What a mask's support leaves out is zero; what a mask of whole tensors leaves out is not differentiated by,
+        where the graph may change from step to step."""
         several = self.accelerator.num_processes > 1
         fixed_graph = self.args.torch_compile or (several and not self._full_looks_for_unused(phase))
         if phase.grad_mask is None and phase.update_mask is None:

@@ -174,7 +174,8 @@ VALUES: dict[str, type[Any]] = {
 def make_value(
     spec: Spec, option: str, low: float, high: float = math.inf, *, above: bool = False, below: bool = False
 ) -> Any:
-    """A value from a number, from `{"name": "cubic", "start": 1.0, "end": 0.1}` (a dict or JSON), or a function of the step.
+    """A value from a number, from `{"name": "cubic", "start": 1.0, "end": 0.1}` (a dict or JSON), or a function of the
+    step.
 
     Args:
         spec: the number or its schedule.

@@ -36,7 +36,8 @@ class WatchedStepMixin(CoreReductionMixin):
     def _watch_microbatch(
         self, model: nn.Module, inputs: Any, num_items: Any, phase: Phase, network: str, teaching: Teaching | None
     ) -> None:
-        """Take this microbatch's exact gradient at x; in a "sum" update that of the one loss, then that of the other."""
+        """Take this microbatch's exact gradient at x; in a "sum" update that of the one loss, then that of the
+        other."""
         step = self._now()
         if step.measure is None:
             return
@@ -47,8 +48,8 @@ class WatchedStepMixin(CoreReductionMixin):
             step.gaps = self._core_full_gaps(inputs)
 
     def _core_full_gaps(self, inputs: Any) -> dict[str, float]:
-        """The mean label loss of each core minus the full network's on an update's first microbatch, with the same random
-        numbers; of a core of several sizes, the whole one's."""
+        """The mean label loss of each core minus the full network's on an update's first microbatch, with the same
+        random numbers; of a core of several sizes, the whole one's."""
         batch = self._prepare_inputs(inputs)
 
         def loss(network: nn.Module) -> float:

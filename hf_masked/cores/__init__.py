@@ -83,17 +83,18 @@ def add_core(
     Args:
         model: any Transformers model with dense weights.
         config: what the core is; of a kind in `CORE_KINDS`, your own `CoreConfig`, or a `peft.LoraConfig`.
-        calibration: batches, each a dict of the model's inputs, for init "activation" of a low-rank core. Without them such a
-            core starts as "svd" does, until a split in training looks at the batches there.
-        name: of the core; a model may have several, of which those of low rank and adapters have coupling "free". Its metrics
-            are `eval_<name>_*` and its export is `<name>/`: a lower-case identifier.
+        calibration: batches, each a dict of the model's inputs, for init "activation" of a low-rank core. Without them
+            such a core starts as "svd" does, until a split in training looks at the batches there.
+        name: of the core; a model may have several, of which those of low rank and adapters have coupling "free". Its
+            metrics are `eval_<name>_*` and its export is `<name>/`: a lower-case identifier.
 
     Returns: the same model, for chaining. `get_core(model).model` is the core network, `get_core(model, name)` one of
         several.
 
-    Raises: ValueError for a model that has a core of that name, is quantized or PEFT-wrapped, or that cannot have such a
-        core, for another name, for several cores of which one rewrites the full network, and for calibration that the core has no use
-        for. TypeError for another kind of config or model. RuntimeError inside `core_mode`. The model is untouched then.
+    Raises: ValueError for a model that has a core of that name, is quantized or PEFT-wrapped, or that cannot have such
+        a core, for another name, for several cores of which one rewrites the full network, and for calibration that
+        the core has no use for. TypeError for another kind of config or model. RuntimeError inside `core_mode`. The
+        model is untouched then.
 
     Cost: memory of the core's own parameters; what `config` says it takes to start them.
 
@@ -166,21 +167,22 @@ def split(
 
 def _needs_no_calibration(config: CoreConfig) -> ValueError:
     return ValueError(
-        f"got calibration= for a core of the kind {config.kind!r} with init={getattr(config, 'init', None)!r}; needs a low-rank "
-        "core with init='activation', because no other looks at inputs; drop calibration="
+        f"got calibration= for a core of the kind {config.kind!r} with init={getattr(config, 'init', None)!r}; needs "
+        "a low-rank core with init='activation', because no other looks at inputs; drop calibration="
     )
 
 
 def _refuse_types(model: Any, config: Any) -> None:
     if not isinstance(config, CoreConfig):
         raise TypeError(
-            f"got a config of type {type(config).__name__}; needs a CoreConfig such as LowRankCoreConfig(rank=0.125), or a "
-            "peft.LoraConfig, because its class says which kind of core is made; call LowRankCoreConfig.from_dict for a dict"
+            f"got a config of type {type(config).__name__}; needs a CoreConfig such as LowRankCoreConfig(rank=0.125), "
+            "or a peft.LoraConfig, because its class says which kind of core is made; call "
+            "LowRankCoreConfig.from_dict for a dict"
         )
     if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
         raise TypeError(
-            f"got a model of type {type(model).__name__}; needs a PreTrainedModel of Transformers, because the core is one of the "
-            "same class; load it with AutoModelForCausalLM.from_pretrained, or another class"
+            f"got a model of type {type(model).__name__}; needs a PreTrainedModel of Transformers, because the core "
+            "is one of the same class; load it with AutoModelForCausalLM.from_pretrained, or another class"
         )
 
 
@@ -188,9 +190,9 @@ def _refuse_common(config: CoreConfig) -> None:
     private = getattr(config, "private", None)
     if config.coupling != "free" or private not in (None, "all"):
         raise ValueError(
-            f"got coupling={config.coupling!r}, private={private!r} for a sharded model; needs coupling 'free' and everything "
-            "private, because the core is whole on every process and holds no tensor of which the full network has a part; set "
-            "them in --core_config"
+            f"got coupling={config.coupling!r}, private={private!r} for a sharded model; needs coupling 'free' and "
+            "everything private, because the core is whole on every process and holds no tensor of which the full "
+            "network has a part; set them in --core_config"
         )
 
 
@@ -198,8 +200,8 @@ def _refuse_beside(others: dict[str, Core], config: CoreConfig, name: str) -> No
     """Refuse a core that cannot stand beside those that the model has."""
     if name in others:
         raise ValueError(
-            f"got a model that already has a core of the name {name!r}; needs another one, because metrics and folders are called "
-            "by it; set name="
+            f"got a model that already has a core of the name {name!r}; needs another one, because metrics and "
+            "folders are called by it; set name="
         )
     check_name(name, others)
     rewriting = [other for other, core in others.items() if not core.full_is_plain]
@@ -207,15 +209,17 @@ def _refuse_beside(others: dict[str, Core], config: CoreConfig, name: str) -> No
     if others and (rewriting or rewrites):
         raise ValueError(
             f"got coupling={config.coupling!r} for the core {name!r} beside {list(others)} of coupling "
-            f"{[core.config.coupling for core in others.values()]}; needs 'free' for the low-rank ones and adapters of several, "
-            "because a shared one has the full network's W written as B A + R, of which no other core can be made; set coupling"
+            f"{[core.config.coupling for core in others.values()]}; needs 'free' for the low-rank ones and adapters "
+            "of several, because a shared one has the full network's W written as B A + R, of which no other core can "
+            "be made; set coupling"
         )
     by_place = [other for other, core in others.items() if core.config.coupling == "shared"]
-    if by_place and config.coupling == "shared" and getattr(config, "order", "first") != "first":
+    order = getattr(config, "order", "first")
+    if by_place and config.coupling == "shared" and order != "first":
         raise ValueError(
-            f"got order={config.order!r} for the core {name!r} beside {by_place} of coupling 'shared'; needs to be the first of "  # type: ignore[attr-defined]
-            "them, because it puts the full network's own weights in that order, of which the others have parts by their place; "
-            "name it before them"
+            f"got order={order!r} for the core {name!r} beside {by_place} of coupling 'shared'; needs to be "
+            "the first of them, because it puts the full network's own weights in that order, of which the others "
+            "have parts by their place; name it before them"
         )
 
 

@@ -17,9 +17,9 @@ RIDGE = 1e-6
 def best_weighted(weight: torch.Tensor, rank: int, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, B) with B A the rank-r map whose outputs are nearest to W's:  min |(W - B A) X|_F^2.
 
-    With H = X X^T + ridge = L L^T (Cholesky) that norm is |(W - B A) L|_F, so B A L is the best rank-r part U S V^T of W L,
-    and A = V^T L^-1. The i-th row of A and the i-th column of B are equally long, as with `best_rank_r`, and the first r'
-    of them are the best rank-r' map.
+    With H = X X^T + ridge = L L^T (Cholesky) that norm is |(W - B A) L|_F, so B A L is the best rank-r part U S V^T of
+    W L, and A = V^T L^-1. The i-th row of A and the i-th column of B are equally long, as with `best_rank_r`, and the
+    first r' of them are the best rank-r' map.
 
     Args:
         weight: W, (m, n), any floating dtype; computed in float64.
@@ -55,8 +55,8 @@ def whitened(weight: torch.Tensor, moment: torch.Tensor) -> tuple[torch.Tensor, 
     scale = float(moment.diagonal().double().mean())
     if not moment.isfinite().all():
         raise ValueError(
-            "got calibration inputs that are not finite in a target of the core; needs finite ones, because their second "
-            "moment weighs the error; mend the batches of calibration=, or set init 'svd' in --core_config"
+            "got calibration inputs that are not finite in a target of the core; needs finite ones, because their "
+            "second moment weighs the error; mend the batches of calibration=, or set init 'svd' in --core_config"
         )
     identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
     H = moment.double() / scale + RIDGE * identity if scale > 0 else identity
@@ -68,8 +68,8 @@ def whitened(weight: torch.Tensor, moment: torch.Tensor) -> tuple[torch.Tensor, 
 def input_moments(model: PreTrainedModel, paths: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
     """Inside, forward passes of the model add  sum_t x_t x_t^T  of each linear layer's inputs to the dict, by path.
 
-    The model is in eval mode and no gradient is formed. Positions that an `attention_mask` of the inputs' shape hides are
-    left out, but for encoder-decoder models, whose mask is of the encoder alone.
+    The model is in eval mode and no gradient is formed. Positions that an `attention_mask` of the inputs' shape hides
+    are left out, but for encoder-decoder models, whose mask is of the encoder alone.
 
     Cost: a matrix of in_features^2 in float64 per target; T in_features^2 multiply-adds per target and forward.
     """
@@ -130,7 +130,7 @@ def run_through(
             count += 1
     if not count:
         raise ValueError(
-            "got calibration without a batch; needs at least one, because the core is to be near the full model on its "
-            "inputs; pass an iterable of dicts of the model's inputs"
+            "got calibration without a batch; needs at least one, because the core is to be near the full model on "
+            "its inputs; pass an iterable of dicts of the model's inputs"
         )
     return moments

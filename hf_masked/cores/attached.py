@@ -68,23 +68,24 @@ def get_core(model: nn.Module, name: str | None = None) -> Any:
         return next(iter(cores.values()))
     if name not in cores:
         raise ValueError(
-            f"got name={name!r} for a model with the cores {list(cores)}; needs one of them, because this is about one core; "
-            "set name="
+            f"got name={name!r} for a model with the cores {list(cores)}; needs one of them, because this is about "
+            "one core; set name="
         )
     return cores[name]
 
 
 def attach_core(model: PreTrainedModel, core: Core, name: str = DEFAULT_NAME) -> None:
-    """Make `core` the core of that name of `model`: a plain attribute `hf_masked_<name>`. From now on `save_pretrained` of the
-    core network saves what loads as the core, that of a full network which shares its layers the merged one.
+    """Make `core` the core of that name of `model`: a plain attribute `hf_masked_<name>`. From now on
+    `save_pretrained` of the core network saves what loads as the core, that of a full network which shares its layers
+    the merged one.
 
     Raises: ValueError where another core has its folder.
     """
     folder = core.folder if name == DEFAULT_NAME else name
     if folder in (other.folder for other in get_cores(model).values()):
         raise ValueError(
-            f"got the core name {name!r}, whose export would lie in {folder}/ as another core's does; needs a folder of its own; "
-            "set another name"
+            f"got the core name {name!r}, whose export would lie in {folder}/ as another core's does; needs a folder "
+            "of its own; set another name"
         )
     core.beside(get_cores(model).values())
     core.name, core.folder = name, folder
@@ -102,8 +103,8 @@ def _save_merged(
     """`save_pretrained` of a full network whose own tensors, B A + R, its class would not find: the merged one."""
     if state_dict is not None:
         raise ValueError(
-            "got state_dict= for a model with a core of coupling 'shared'; needs none, because its W = B A + R are merged before "
-            "they are saved; drop it, or save merge_full(model)"
+            "got state_dict= for a model with a core of coupling 'shared'; needs none, because its W = B A + R are "
+            "merged before they are saved; drop it, or save merge_full(model)"
         )
     merged: PreTrainedModel = next(iter(get_cores(full).values())).merge(full)
     merged.save_pretrained(save_directory, is_main_process, **kwargs)
@@ -123,8 +124,8 @@ def refuse_inside_core_mode(model: nn.Module, what: str) -> None:
     """
     if active := [core.name for core in get_cores(model).values() if core.active_thread is not None]:
         raise RuntimeError(
-            f"got {what} inside core_mode; needs the full network, because the model is its core {active[0]!r} until core_mode is "
-            "left; leave it first"
+            f"got {what} inside core_mode; needs the full network, because the model is its core {active[0]!r} until "
+            "core_mode is left; leave it first"
         )
 
 
@@ -138,9 +139,9 @@ def refuse_changed(model: PreTrainedModel) -> None:
         for path, shape in core.made_for.items():
             if now.get(path) != shape:
                 raise ValueError(
-                    f"got a model whose {path} of shape {shape} when its core {name!r} was made is {now.get(path, 'gone')} now; needs the "
-                    "same, because the core has one that fits and starts from the model again in training; resize or wrap the "
-                    "model before add_core"
+                    f"got a model whose {path} of shape {shape} when its core {name!r} was made is "
+                    f"{now.get(path, 'gone')} now; needs the same, because the core has one that fits and starts from "
+                    "the model again in training; resize or wrap the model before add_core"
                 )
 
 
@@ -194,12 +195,12 @@ def core_mode(model: PreTrainedModel, rung: Rung | None = None, name: str | None
     that want both call `get_core(model).model` directly.
 
     Args:
-        rung: run a smaller core inside the core: one of its `nested`; of a low-rank core any rank, an int, or a fraction of
-            min(in_features, out_features).
+        rung: run a smaller core inside the core: one of its `nested`; of a low-rank core any rank, an int, or a
+            fraction of min(in_features, out_features).
         name: which of several cores.
 
-    Raises: ValueError without a core, or for a rung that it does not hold; RuntimeError when another thread is inside, or
-        inside another core.
+    Raises: ValueError without a core, or for a rung that it does not hold; RuntimeError when another thread is inside,
+        or inside another core.
 
     Cost: none per layer; the model's tables of children are exchanged.
 
@@ -224,8 +225,9 @@ def core_mode(model: PreTrainedModel, rung: Rung | None = None, name: str | None
         other.name for other in get_cores(full).values() if other is not core and other.active_thread is not None
     ]:
         raise RuntimeError(
-            f"got core_mode of {core.name!r} inside that of {active[0]!r}; needs one at a time, because the model is {active[0]!r} "
-            f"now, not the full network; leave it first, or call get_core(model, {core.name!r}).model(...)"
+            f"got core_mode of {core.name!r} inside that of {active[0]!r}; needs one at a time, because the model is "
+            f"{active[0]!r} now, not the full network; leave it first, or call get_core(model, "
+            f"{core.name!r}).model(...)"
         )
     if not inside:
         core.sync(full)

@@ -48,8 +48,8 @@ class CoreConfig:
 
     Raises: ValueError for a value out of range.
 
-    Cost: "free": memory and training state of what the core has for itself; each split what the kind says; "shared": none
-        beyond what the kind says.
+    Cost: "free": memory and training state of what the core has for itself; each split what the kind says; "shared":
+        none beyond what the kind says.
 
     >>> from hf_masked import LowRankCoreConfig
     >>> LowRankCoreConfig.from_json('{"rank": 8, "split_at": [0.5, 0.75]}').split_at
@@ -157,8 +157,8 @@ class Core(ABC):
     # ---- what has a default ----
 
     def observe(self, full: PreTrainedModel) -> AbstractContextManager[dict[str, torch.Tensor]] | None:
-        """Around forward passes on inputs that the next `split` is to be good for: what it adds up, by name; None for a core
-        that splits by the weights alone. The caller sums it over processes and puts it into `moments`."""
+        """Around forward passes on inputs that the next `split` is to be good for: what it adds up, by name; None for
+        a core that splits by the weights alone. The caller sums it over processes and puts it into `moments`."""
         return None
 
     @property
@@ -171,15 +171,16 @@ class Core(ABC):
         return plain_copy(full, {id(v): None for v in vars(full).values() if isinstance(v, Core)})
 
     def extracted(self, core_format: str) -> PreTrainedModel:
-        """What `extract` makes, saved by its class even where it is a `copy.deepcopy` of the core network, which is saved by this."""
+        """What `extract` makes, saved by its class even where it is a `copy.deepcopy` of the core network, which is
+        saved by this."""
         made = self.extract(core_format)
         if isinstance(getattr(vars(made).get("save_pretrained"), "__self__", None), Core):
             del made.save_pretrained
         return made
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save the core so that it loads, in the first of `formats`: what `model.save_pretrained` does, whose own tensors under
-        the class's names would load as something else."""
+        """Save the core so that it loads, in the first of `formats`: what `model.save_pretrained` does, whose own
+        tensors under the class's names would load as something else."""
         self.extracted(self.formats[0]).save_pretrained(*args, **kwargs)
 
     def write(self, folder: str | Path, core_format: str, max_shard_size: int | str = "50GB") -> None:
@@ -190,7 +191,8 @@ class Core(ABC):
         """The lines of Python with which a model card shows how to load the core."""
         folders = {self.name: self.folder} | {f"{self.name}_{name}": f"{self.folder}-{name}" for name in self.nested}
         return [
-            f'{name.replace(".", "_")} = {class_name}.from_pretrained("{where}", subfolder="{folder}")  # {self.loader}'
+            f'{name.replace(".", "_")} = {class_name}.from_pretrained("{where}", subfolder="{folder}")  # '
+            f"{self.loader}"
             for name, folder in folders.items()
         ]
 
@@ -223,8 +225,8 @@ class Core(ABC):
     @property
     def nested(self) -> dict[str, Rung]:
         """Name -> rung of the smaller cores inside this one that are trained, evaluated (`eval_core_<name>_loss`) and
-        exported (`core-<name>/`) with it, increasing; empty for a core of one size. A core of a name of its own has that in place
-        of `core`."""
+        exported (`core-<name>/`) with it, increasing; empty for a core of one size. A core of a name of its own has
+        that in place of `core`."""
         return {}
 
     def rung(self, info: StepInfo) -> Rung | None:
@@ -241,7 +243,8 @@ class Core(ABC):
             held = f"one of {list(self.nested)}" if self.nested else "none"
             raise ValueError(
                 f"got rung={rung!r} for a core of the kind {self.config.kind!r}; needs {held}, because the "
-                "core holds no other smaller ones; drop rung=, or make the core with several ranks, neurons, heads or keep"
+                "core holds no other smaller ones; drop rung=, or make the core with several ranks, neurons, heads or "
+                "keep"
             )
         yield
 
@@ -257,8 +260,8 @@ class Core(ABC):
     # ---- what all kinds have in common ----
 
     def sync(self, full: nn.Module) -> None:
-        """Bring the core to the full network's device and dtypes, tensor by tensor, and tie again what `.to()` tore; it generates
-        as the full network is told to."""
+        """Bring the core to the full network's device and dtypes, tensor by tensor, and tie again what `.to()` tore;
+        it generates as the full network is told to."""
         theirs = self.counterparts(full)
         for name, mine in named_tensors(self.model).items():
             like = theirs.get(name, mine)

@@ -27,20 +27,20 @@ class LowRankCoreConfig(CoreConfig):
         budget: in place of `rank`: the core's targets have at most that share in (0, 1] of the full ones' parameters,
             distributed so that the directions kept have the most energy; see `ranks.budget_ranks`. Targets of
             `rank_pattern` keep theirs, and it is paid from the budget.
-        ranks: in place of `rank`: a ladder of nested ranks in one core, increasing, all ints or all fractions. The largest is the
-            core; every core update runs at one of them, with the leading rows of A and columns of B alone, and each is
-            evaluated (`eval_core_r8_loss`) and exported (`core-r8/`).
+        ranks: in place of `rank`: a ladder of nested ranks in one core, increasing, all ints or all fractions. The
+            largest is the core; every core update runs at one of them, with the leading rows of A and columns of B
+            alone, and each is evaluated (`eval_core_r8_loss`) and exported (`core-r8/`).
         rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
         target_modules: which linear maps; a list of names (suffixes of module paths), a regular expression that has to
-            match the whole path, or "all-linear": every nn.Linear and Conv1D but heads and tied weights. PEFT's semantics. A head that is
-            named is factorised in the core even where its weight is tied to the embedding, which stays dense; its factors are
-            the core's own then, with coupling "shared" too.
+            match the whole path, or "all-linear": every nn.Linear and Conv1D but heads and tied weights. PEFT's
+            semantics. A head that is named is factorised in the core even where its weight is tied to the embedding,
+            which stays dense; its factors are the core's own then, with coupling "shared" too.
         exclude_modules: which of them not; same forms. What matches nothing in these or in `rank_pattern` is refused.
         init: "svd" (B A is the best rank-r part of W), "activation" (B A is nearest to W in its outputs on calibration
-            batches: those of `add_core(..., calibration=batches)`, and at a split in training the last ones trained on;
-            see `activations.best_weighted`) or "random" (Gaussian, product as large as W).
-        calibration_batches: with "activation", how many of the last batches in `--distill_buffer` a split in training looks
-            at; with 0, or none there, at the first microbatch of its own step.
+            batches: those of `add_core(..., calibration=batches)`, and at a split in training the last ones trained
+            on; see `activations.best_weighted`) or "random" (Gaussian, product as large as W).
+        calibration_batches: with "activation", how many of the last batches in `--distill_buffer` a split in training
+            looks at; with 0, or none there, at the first microbatch of its own step.
         coupling: "free" (W stays the full network's own parameter; the core rides along) or "shared" (W = B A + R, the
             paper: both kinds of step move A and B).
         private: which parameters that both networks could share the core gets its own copy of: "none", "norms",
@@ -48,10 +48,10 @@ class LowRankCoreConfig(CoreConfig):
             "shared", trained by both kinds of step; in "free" it is trained by full steps and only read by the core.
         split_at, split_every: see `CoreConfig`; the core becomes the best rank-r part of the full network again.
 
-    Ranks that singular values say are chosen once, in `add_core`, from the weights as they are then (with calibration, from
-    those of the outputs), since parameters and optimizers have their shapes; a later split keeps them. They are in the
-    export's `core/config.json` and in checkpoints; to resume, start from the same weights, or give those as rank_pattern.
-    A model from scratch has nothing in its singular values to choose by, and a warning says so.
+    Ranks that singular values say are chosen once, in `add_core`, from the weights as they are then (with calibration,
+    from those of the outputs), since parameters and optimizers have their shapes; a later split keeps them. They are
+    in the export's `core/config.json` and in checkpoints; to resume, start from the same weights, or give those as
+    rank_pattern. A model from scratch has nothing in its singular values to choose by, and a warning says so.
 
     Raises: ValueError for a value out of range.
 
@@ -84,7 +84,8 @@ class LowRankCoreConfig(CoreConfig):
             )
             require(legal or (isinstance(rank, str) and _is_rule(rank)), where, rank,
                      "an integer >= 1, a float in (0.0, 1.0], 'energy:' and a share in (0, 1], or 'stable'",
-                     "a float is read as a fraction of min(in_features, out_features), words as what to choose by")  # fmt: skip
+                     "a float is read as a fraction of min(in_features, out_features), words as what to choose "
+                     "by")  # fmt: skip
         if self.budget is not None:
             require(0 < self.budget <= 1, "budget", self.budget, "a number in (0, 1]",
                      "it is a share of the full targets' parameters")  # fmt: skip

@@ -38,10 +38,10 @@ class DepthCoreConfig(CoreConfig):
         keep: which blocks of each stack: a fraction in (0, 1], spread evenly from the first block to the last, or a
             list of increasing block numbers from 0 on.
         keep_encoder, keep_decoder: the same for the one stack of an encoder-decoder model; default: as `keep`.
-            A list of fractions, or of lists, for any of them is a ladder of nested depths in one core, increasing: the last is
-            the core, a shallower rung has some of its blocks (of a fraction, spread evenly over them). Every core update runs at
-            one of them, and each is evaluated (`eval_core_k0.25_loss`; of a list, k and its length) and exported
-            (`core-k0.25/`).
+            A list of fractions, or of lists, for any of them is a ladder of nested depths in one core, increasing: the
+            last is the core, a shallower rung has some of its blocks (of a fraction, spread evenly over them). Every
+            core update runs at one of them, and each is evaluated (`eval_core_k0.25_loss`; of a list, k and its
+            length) and exported (`core-k0.25/`).
         rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
         coupling: "free" (copies of what is kept) or "shared" (the full network's own parameters: a core step is the
             template with dx = - all that the dropped blocks add, p = 0 on them; where a block ends in a norm (BERT,
@@ -50,8 +50,8 @@ class DepthCoreConfig(CoreConfig):
 
     Exported with a smaller `num_hidden_layers` (or what the config calls it), so stock transformers loads it.
 
-    Raises: ValueError for a list or fraction out of range, for a model without the stack it names, and for a model whose
-        config cannot say which blocks were kept.
+    Raises: ValueError for a list or fraction out of range, for a model without the stack it names, and for a model
+        whose config cannot say which blocks were kept.
 
     Cost: "free": memory of the kept blocks and of what is around them; "shared": none.
 
@@ -117,8 +117,8 @@ class DepthCoreConfig(CoreConfig):
             if isinstance(one, list):
                 if one[-1] >= len(blocks):
                     raise ValueError(
-                        f"got keep={one} for the {len(blocks)} blocks of {stack}; needs numbers below {len(blocks)}, because "
-                        "they count from 0; set keep, keep_encoder or keep_decoder in --core_config"
+                        f"got keep={one} for the {len(blocks)} blocks of {stack}; needs numbers below {len(blocks)}, "
+                        "because they count from 0; set keep, keep_encoder or keep_decoder in --core_config"
                     )
                 kept.append(one)
             else:
@@ -135,8 +135,8 @@ class DepthCoreConfig(CoreConfig):
         for name, word in (("keep_encoder", "encoder"), ("keep_decoder", "decoder")):
             if getattr(self, name) is not None and not any(word in path.split(".") for path in counts):
                 raise ValueError(
-                    f"got {name}={getattr(self, name)} for a {type(full).__name__}; needs a model with an {word}, because its "
-                    f"stacks are {sorted(counts)}; set keep in --core_config"
+                    f"got {name}={getattr(self, name)} for a {type(full).__name__}; needs a model with an {word}, "
+                    f"because its stacks are {sorted(counts)}; set keep in --core_config"
                 )
 
     def build(self, model: PreTrainedModel) -> Core:
@@ -168,8 +168,8 @@ class DepthCore(ResizedCore):
         lengths = {path: _length(full, path) for path in kept}
         if all(len(blocks) == lengths[path] for path, blocks in kept.items()):
             raise ValueError(
-                f"got keep={config.keep} for stacks of {[*lengths.values()]} blocks; needs fewer in one, because the core would "
-                "be the full network, or a rung the next one; set keep in --core_config"
+                f"got keep={config.keep} for stacks of {[*lengths.values()]} blocks; needs fewer in one, because the "
+                "core would be the full network, or a rung the next one; set keep in --core_config"
             )
         names = {name for name, _ in (*full.named_parameters(remove_duplicate=False), *full.named_buffers())}
 
@@ -194,15 +194,15 @@ class DepthCore(ResizedCore):
         for stack in self.kept:
             for path, mine in self.model.get_submodule(stack).named_modules(prefix=stack):
                 theirs = modules.get(self._in_full(path))
-                # what stands in the first place only, whose tensors were found; and stochastic depth, whose rate the class
-                # makes rise along any stack
+                # what stands in the first place only, whose tensors were found; and stochastic depth, whose rate the
+                # class makes rise along any stack
                 if path == stack or theirs is None or path.endswith(".drop_path"):
                     continue
                 if type(mine) is not type(theirs) or _plain_options(mine) != _plain_options(theirs):
                     raise ValueError(
-                        f"got keep={self.kept[stack]} for {stack}, where {path} of the core would differ from the full "
-                        f"network's {self._in_full(path)}; needs blocks that the config can describe, because stock "
-                        "transformers has to load the core; set another keep in --core_config"
+                        f"got keep={self.kept[stack]} for {stack}, where {path} of the core would differ from the "
+                        f"full network's {self._in_full(path)}; needs blocks that the config can describe, because "
+                        "stock transformers has to load the core; set another keep in --core_config"
                     )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -272,8 +272,8 @@ def _with_layer_lists(
 
 
 def _stages(config: PreTrainedConfig, count: int, kept: list[int]) -> dict[str, Any]:
-    """What a config that can be a backbone's (DINOv2, BEiT) says of the features after the embeddings and after every block: those
-    of kept blocks stay asked for, or the last."""
+    """What a config that can be a backbone's (DINOv2, BEiT) says of the features after the embeddings and after every
+    block: those of kept blocks stay asked for, or the last."""
     names = vars(config).get("stage_names") or []
     if len(names) != count + 1:
         return {}

@@ -15,8 +15,9 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class GrownMasks:
-    """The rule of a sparse core's updates whose masks grow: every `every` core updates, in each target, the `share` of the
-    kept weights with the smallest magnitudes gives way to as many others with the largest gradients, starting at zero.
+    """The rule of a sparse core's updates whose masks grow: every `every` core updates, in each target, the `share` of
+    the kept weights with the smallest magnitudes gives way to as many others with the largest gradients, starting at
+    zero.
 
         p = M,  W zero outside of M;  at a change  M <- (M without its smallest |W|) + the largest |g| outside
 
@@ -30,8 +31,8 @@ class GrownMasks:
 
     Cost: one byte per weight for M; in an update that changes it, two selections per target.
 
-    Source: Evci et al., "Rigging the Lottery", 2020. Deviations: `share` is constant; the masks start as the full network's
-    largest weights; the update that changes them also trains, under the new ones.
+    Source: Evci et al., "Rigging the Lottery", 2020. Deviations: `share` is constant; the masks start as the full
+    network's largest weights; the update that changes them also trains, under the new ones.
     """
 
     needs_parameters: ClassVar[bool] = True

@@ -39,10 +39,12 @@ def check_ranks(ranks: list[int] | list[float], sampling: str, beside: Mapping[s
     increasing = all(low < high for low, high in itertools.pairwise(ranks))
     require(len(ranks) > 0 and (counts or shares) and increasing, "ranks", ranks,
              "increasing integers >= 1, or increasing fractions in (0.0, 1.0]",
-             "every rung is part of the next, and numbers and fractions have no order that holds for all layers")  # fmt: skip
+             "every rung is part of the next, and numbers and fractions have no order that holds for all "
+             "layers")  # fmt: skip
     for name, (value, absent) in beside.items():
         require(value == absent, name, value, "none beside ranks",
-                 "the rungs are the ranks of every target; exclude_modules leaves single ones as they are")  # fmt: skip
+                 "the rungs are the ranks of every target; exclude_modules leaves single ones as they "
+                 "are")  # fmt: skip
     check_sampling(sampling)
 
 
@@ -77,7 +79,8 @@ def choose_rung(rungs: int, sampling: RungSampling, info: StepInfo) -> int:
         info: of the update; its `turn` counts core updates.
 
     Source: the sandwich rule of Yu and Huang, "Universally Slimmable Networks", ICCV 2019. Deviation: they sum the
-        gradients of all three in one update; here each is an update of its own, so a rung's moments are of its own gradients.
+        gradients of all three in one update; here each is an update of its own, so a rung's moments are of its own
+        gradients.
 
     >>> [choose_rung(4, "round_robin", StepInfo(0, 9, turn=t)) for t in range(5)]
     [3, 2, 1, 0, 3]

@@ -42,8 +42,8 @@ class FactorizedLinear(nn.Module):
         self.active_rank = rank  # how many of the leading directions it runs with
         self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-        # Some models ask a linear layer's weight for its dtype. And on disk, an empty tensor under that name makes stock
-        # transformers refuse the file for its shape, where it would otherwise make up a random dense weight.
+        # Some models ask a linear layer's weight for its dtype. And on disk, an empty tensor under that name makes
+        # stock transformers refuse the file for its shape, where it would otherwise make up a random dense weight.
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
     @property
@@ -89,8 +89,8 @@ def refuse_resizing(model: PreTrainedModel) -> None:
 
 def _resize(*args: Any, **kwargs: Any) -> None:
     raise ValueError(
-        "got resize_token_embeddings of a core whose head is factorised; needs a dense head, because Transformers resizes no other; "
-        "resize the full model before add_core, or export the core with core_format='dense'"
+        "got resize_token_embeddings of a core whose head is factorised; needs a dense head, because Transformers "
+        "resizes no other; resize the full model before add_core, or export the core with core_format='dense'"
     )
 
 
@@ -131,8 +131,8 @@ class MergedLinear(nn.Module):
         transposed: R is (in_features, out_features), as GPT-2's Conv1D has it.
         scale: s.
 
-    Gradients: dR = dW, dB = s dW A^T, dA = s B^T dW. With T tokens the product B A costs n m r multiply-adds and the two
-    thin products T r (n + m); `forward` takes the cheaper one.
+    Gradients: dR = dW, dB = s dW A^T, dA = s B^T dW. With T tokens the product B A costs n m r multiply-adds and the
+    two thin products T r (n + m); `forward` takes the cheaper one.
     """
 
     def __init__(

@@ -161,7 +161,8 @@ class LoraCore(RankLadder):
         for name in ("", *(f"-{rung}" for rung in self.nested)):
             lines += [
                 f'base = {class_name}.from_pretrained("{base}")',
-                f'{(self.name + name).replace("-", "_")} = PeftModel.from_pretrained(base, "{where}", subfolder="{self.folder}{name}")',
+                f'{(self.name + name).replace("-", "_")} = PeftModel.from_pretrained(base, "{where}", '
+                f'subfolder="{self.folder}{name}")',
             ]
         return lines
 
@@ -205,8 +206,8 @@ def build_lora_core(model: PreTrainedModel, config: LoraCoreConfig) -> LoraCore:
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:
             raise ValueError(
-                f"got a model with running statistics in {path}; needs one without, because they would move in the core, "
-                "and an adapter cannot carry them; set another --core"
+                f"got a model with running statistics in {path}; needs one without, because they would move in the "
+                "core, and an adapter cannot carry them; set another --core"
             )
     core = LoraCore(with_adapter(model, config), config)
     check_targets(model, core.model, config)
@@ -218,8 +219,8 @@ def build_lora_core(model: PreTrainedModel, config: LoraCoreConfig) -> LoraCore:
         )
     if not model.name_or_path:
         logger.warning(
-            "this %s was made from a config, so the adapter will be of a base that is on no disk, and cannot be loaded without it; "
-            "call save_pretrained(folder) now, and train from_pretrained(folder)",
+            "this %s was made from a config, so the adapter will be of a base that is on no disk, and cannot be "
+            "loaded without it; call save_pretrained(folder) now, and train from_pretrained(folder)",
             type(model).__name__,
         )
     if config.coupling == "shared":

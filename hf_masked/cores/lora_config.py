@@ -35,9 +35,10 @@ class LoraCoreConfig(CoreConfig):
 
     Args:
         r: rank of B A, >= 1; as in PEFT it may exceed that of W.
-        ranks: in place of `r`: a ladder of nested ranks in one adapter, increasing. The largest is the core; every core update runs
-            at one of them, with the leading rows of A and columns of B alone, and each is evaluated (`eval_core_r4_loss`) and
-            exported as an adapter of its own (`adapter-r4/`). All have the scale s of the largest.
+        ranks: in place of `r`: a ladder of nested ranks in one adapter, increasing. The largest is the core; every
+            core update runs at one of them, with the leading rows of A and columns of B alone, and each is evaluated
+            (`eval_core_r4_loss`) and exported as an adapter of its own (`adapter-r4/`). All have the scale s of the
+            largest.
         rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
         lora_alpha: alpha > 0 of the scale s = alpha / r.
         target_modules: which linear maps; a list of names (suffixes of module paths), a regular expression that has to
@@ -45,8 +46,8 @@ class LoraCoreConfig(CoreConfig):
             architecture.
         exclude_modules: which of them not; names or a regular expression.
         rank_pattern, alpha_pattern: {suffix or regular expression of module paths: r or alpha}.
-        modules_to_save: modules that the core trains whole, in a copy that the adapter carries. A head that the base on
-            disk does not have belongs here.
+        modules_to_save: modules that the core trains whole, in a copy that the adapter carries. A head that the base
+            on disk does not have belongs here.
         lora_dropout: in [0, 1), on the input of A.
         use_rslora: s = alpha / sqrt(r).
         init_lora_weights: True (A as nn.Linear, B = 0), "gaussian" (A of deviation 1/r, B = 0), "orthogonal", or False
@@ -64,8 +65,9 @@ class LoraCoreConfig(CoreConfig):
         one SVD per target at each split.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. Names and meanings are those of
-        `peft.LoraConfig`, which `add_core` takes as well; deviation: `target_modules` is "all-linear" unless set. Nested ranks as
-        in Valipour et al., "DyLoRA", EACL 2023; deviation: all directions of a rung are trained in its updates.
+        `peft.LoraConfig`, which `add_core` takes as well; deviation: `target_modules` is "all-linear" unless set.
+        Nested ranks as in Valipour et al., "DyLoRA", EACL 2023; deviation: all directions of a rung are trained in its
+        updates.
 
     >>> LoraCoreConfig(r=4, lora_alpha=8).to_peft().target_modules
     'all-linear'
@@ -109,7 +111,8 @@ class LoraCoreConfig(CoreConfig):
         legal = isinstance(dropout, int | float) and not isinstance(dropout, bool) and 0 <= dropout < 1
         require(legal, "lora_dropout", dropout, "a number in [0, 1)", "it is a probability that leaves something")
         require(self.init_lora_weights in INITS, "init_lora_weights", self.init_lora_weights, f"one of {INITS}",
-                "the others change the base weights, on which the adapter has to work untouched, or need data")  # fmt: skip
+                "the others change the base weights, on which the adapter has to work untouched, or need "
+                "data")  # fmt: skip
         self.to_peft()
 
     def to_peft(self) -> LoraConfig:

@@ -39,7 +39,8 @@ def saved_modules(network: nn.Module) -> dict[str, ModulesToSaveWrapper]:
 
 
 class Leading(nn.Linear):
-    """A or B of a ladder of ranks: PEFT's linear layer, of which the leading rows (A) or columns (B) alone are multiplied."""
+    """A or B of a ladder of ranks: PEFT's linear layer, of which the leading rows (A) or columns (B) alone are
+    multiplied."""
 
     def __init__(self, whole: nn.Linear, dim: int):
         with torch.device("meta"):
@@ -84,9 +85,9 @@ def with_adapter(model: PreTrainedModel, config: LoraCoreConfig) -> PreTrainedMo
         except ValueError as error:
             names = sorted({path.rpartition(".")[2] for path in linear_layers(model)})
             raise ValueError(
-                f"got target_modules={config.target_modules!r} and modules_to_save={config.modules_to_save!r}, of which "
-                f"PEFT says: {error} Needs a list of linear layers among {names}, or a regular expression of whole paths; set "
-                "target_modules in --core_config"
+                f"got target_modules={config.target_modules!r} and modules_to_save={config.modules_to_save!r}, of "
+                f"which PEFT says: {error} Needs a list of linear layers among {names}, or a regular expression of "
+                "whole paths; set target_modules in --core_config"
             ) from error
     cast_adapter_dtype(network, ADAPTER_NAME)
     adapter.base_model_name_or_path = network.name_or_path or None
@@ -107,7 +108,8 @@ def save_adapter(
     network: Any, save_directory: str, is_main_process: bool = True, state_dict: Any = None,
     push_to_hub: bool = False, variant: str | None = None, save_peft_format: bool = True, **ignored: Any,
 ) -> None:  # fmt: skip
-    """`save_pretrained` of a network with an adapter, for which some releases of Transformers ask for a PEFT that is yet to come.
+    """`save_pretrained` of a network with an adapter, for which some releases of Transformers ask for a PEFT that is
+    yet to come.
 
     Args: as in Transformers; `ignored`: what has no meaning for an adapter there either, such as max_shard_size.
 
@@ -120,8 +122,8 @@ def save_adapter(
     ):
         if value != default:
             raise ValueError(
-                f"got {name}={value!r} for an adapter; needs {default}, because it is written as PEFT loads it; drop {name}, or "
-                "call push_to_hub() of the model"
+                f"got {name}={value!r} for an adapter; needs {default}, because it is written as PEFT loads it; drop "
+                f"{name}, or call push_to_hub() of the model"
             )
     if is_main_process:
         state = get_peft_model_state_dict(network, state_dict, ADAPTER_NAME)
@@ -148,8 +150,8 @@ def check_targets(model: PreTrainedModel, core: PreTrainedModel, config: LoraCor
             )
         if id(target.weight) in tied:
             raise ValueError(
-                f"got the target {path}, whose weight is tied to another module's; needs an untied one, because merging "
-                f"the adapter would move both; set exclude_modules=[{path.rpartition('.')[2]!r}]"
+                f"got the target {path}, whose weight is tied to another module's; needs an untied one, because "
+                f"merging the adapter would move both; set exclude_modules=[{path.rpartition('.')[2]!r}]"
             )
     modules = [path for path, _ in model.named_modules()]
     places = {

@@ -35,8 +35,9 @@ class LowRankCore(RankLadder):
 
     Args:
         sites: module path -> the linear map that is replaced there.
-        untied: the targets whose weight is tied in the full network; the core has factors of its own there, whatever the
-            coupling: W = B A + R would be the embedding's too, and its core (dx = -R) would look tokens up in rank r.
+        untied: the targets whose weight is tied in the full network; the core has factors of its own there, whatever
+            the coupling: W = B A + R would be the embedding's too, and its core (dx = -R) would look tokens up in rank
+            r.
         calibrated: whether B A is the part nearest in outputs, where init "activation" asks for it.
     """
 
@@ -58,8 +59,9 @@ class LowRankCore(RankLadder):
 
     def split(self, full: PreTrainedModel) -> list[nn.Parameter]:
         """Every target gets A, B from the truncated SVD of the full weight, or with init "activation" from that of its
-        outputs on what was last looked at in `observe`, which is then forgotten; private copies become the full network's
-        values. With coupling "shared", R takes up the difference, so the full network changes by rounding only.
+        outputs on what was last looked at in `observe`, which is then forgotten; private copies become the full
+        network's values. With coupling "shared", R takes up the difference, so the full network changes by rounding
+        only.
 
         Raises: ValueError with init "activation" where nothing was looked at.
 
@@ -67,8 +69,8 @@ class LowRankCore(RankLadder):
         """
         if self.by_activation and not self.moments:
             raise ValueError(
-                "got init='activation' and no inputs to be near on; needs some, because the outputs on them say which part of "
-                "W is the best; pass calibration=batches, or set init 'svd' in --core_config"
+                "got init='activation' and no inputs to be near on; needs some, because the outputs on them say which "
+                "part of W is the best; pass calibration=batches, or set init 'svd' in --core_config"
             )
         renewed = list(self.own_parameters(full).values())
         with torch.no_grad():
@@ -152,13 +154,14 @@ def build_low_rank_core(
 ) -> LowRankCore:
     """The low-rank core of `model`; with coupling "shared" the model's targets become B A + R.
 
-    Args: `moments`: module path -> second moment of its inputs, for init "activation"; without them it starts as "svd" does.
+    Args: `moments`: module path -> second moment of its inputs, for init "activation"; without them it starts as "svd"
+        does.
     """
     if config.ranks is not None and (norm := running_statistics(model)) is not None:
         raise ValueError(
-            f"got ranks={config.ranks} for a {type(model).__name__} whose {norm} keeps running statistics; needs one rank, because "
-            "all ranks would share them and none has the activations that they are of; set rank, or --core depth or width, whose "
-            "rungs have their own"
+            f"got ranks={config.ranks} for a {type(model).__name__} whose {norm} keeps running statistics; needs one "
+            "rank, because all ranks would share them and none has the activations that they are of; set rank, or "
+            "--core depth or width, whose rungs have their own"
         )
     sites = find_sites(model, config, moments)
     tied = tied_parameters(model)

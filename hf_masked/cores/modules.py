@@ -61,7 +61,8 @@ def parameter_sites(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.
 
 
 def running_statistics(model: nn.Module) -> str | None:
-    """The path of a module that keeps running statistics of what it sees in training (batch normalisation); None without."""
+    """The path of a module that keeps running statistics of what it sees in training (batch normalisation); None
+    without."""
     kept = (path for path, module in model.named_modules() if getattr(module, "running_mean", None) is not None)
     return next(kept, None)
 
@@ -76,7 +77,8 @@ def tied_parameters(model: nn.Module) -> set[int]:
 
 
 def forget_ties(model: PreTrainedModel, paths: Collection[str]) -> None:
-    """Take the modules at these paths out of what `tie_weights()` ties; the class and other models stay as they are."""
+    """Take the modules at these paths out of what `tie_weights()` ties; the class and other models stay as they
+    are."""
     for prefix, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             inside = [path.removeprefix(f"{prefix}.") if prefix else path for path in paths]
@@ -116,7 +118,8 @@ def plain_copy(model: PreTrainedModel, memo: dict[int, Any] | None = None) -> Pr
 
 
 def freeze_shared(clone: nn.Module, shared: set[int]) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Replace what the clone shares (by id) by read-only aliases of the same storage: no core step forms a gradient."""
+    """Replace what the clone shares (by id) by read-only aliases of the same storage: no core step forms a
+    gradient."""
     aliases: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for module, _, name, parameter in list(parameter_sites(clone)):
         if id(parameter) in shared:

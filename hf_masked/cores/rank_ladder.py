@@ -114,9 +114,9 @@ class RankLadder(MergingCore):
     def _holds_no(self, rung: Rung) -> ValueError:
         named = f", or one of {list(self.nested)}" if self.nested else ""
         return ValueError(
-            f"got rung={rung!r} of a core of ranks up to {max(self.ranks.values())}; needs an integer >= 1 or a fraction in "
-            f"(0.0, 1.0] within that{named}, because a part has no more directions than the whole; "
-            "lower rung="
+            f"got rung={rung!r} of a core of ranks up to {max(self.ranks.values())}; needs an integer >= 1 or a "
+            f"fraction in (0.0, 1.0] within that{named}, because a part has no more directions than the whole; lower "
+            "rung="
         )
 
     @contextmanager

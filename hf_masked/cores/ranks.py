@@ -1,5 +1,5 @@
-"""How many directions each target of a low-rank core keeps, where its singular values say it: by energy, by stable rank,
-or by one budget of parameters over all targets."""
+"""How many directions each target of a low-rank core keeps, where its singular values say it: by energy, by stable
+rank, or by one budget of parameters over all targets."""
 
 import logging
 import math
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .config import LowRankCoreConfig
 
 logger = logging.getLogger(__name__)
-# how far above the edge of pure noise a largest singular value still counts as noise, squared; covers layers of width 32
+# how far above the edge of pure noise a largest singular value still counts as noise, squared; covers layers of width
+# 32
 _NOISE = 1.3
 
 
@@ -51,9 +52,9 @@ def budget_ranks(spectra: Mapping[str, torch.Tensor], costs: Mapping[str, int], 
         costs: name of l -> c_l, the parameters of one direction: n_l + m_l.
         allowed: P.
 
-    The directions are taken by energy per parameter, s_li^2 / c_l; one that no longer fits ends its target, and cheaper
-    ones go on. Since s_li falls with i this is the optimum of the Lagrangian: exact where all c_l are equal, and else
-    short of the best by less than the energy of the first direction that did not fit.
+    The directions are taken by energy per parameter, s_li^2 / c_l; one that no longer fits ends its target, and
+    cheaper ones go on. Since s_li falls with i this is the optimum of the Lagrangian: exact where all c_l are equal,
+    and else short of the best by less than the energy of the first direction that did not fit.
 
     Raises: ValueError where P does not pay for one direction each.
 
@@ -100,8 +101,8 @@ def choose_ranks(
     spectra = {path: _squares(weights[path], moments.get(path)) for path in asked}
     if asked and not moments and all(_is_noise(weights[path], spectra[path]) for path in asked):
         logger.warning(
-            "ranks are chosen from the singular values of the weights as they are now, and those are of random numbers: "
-            "train the model first, or give rank as a number in --core_config"
+            "ranks are chosen from the singular values of the weights as they are now, and those are of random "
+            "numbers: train the model first, or give rank as a number in --core_config"
         )
     ranks = {}
     for path, weight in weights.items():

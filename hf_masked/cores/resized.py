@@ -71,7 +71,8 @@ class ResizedCore(Core):
     # ---- a ladder: smaller cores of this one, on its parameters ----
 
     def _hold(self, rungs: dict[str, "ResizedCore"]) -> None:
-        """Take in smaller cores by name, increasing, each of coupling "shared" with this one or with its full network."""
+        """Take in smaller cores by name, increasing, each of coupling "shared" with this one or with its full
+        network."""
         self.rungs = rungs
         self._whole, self._parameters = tables(self.model), dict(self.model.named_parameters())
 
@@ -163,7 +164,8 @@ class ResizedCore(Core):
         return {name: theirs[part.name] for name, part in self.parts.items()}
 
     def sync(self, full: nn.Module) -> None:
-        """Also lets changes of the full model's config (attention implementation, special tokens, ...) reach the core."""
+        """Also lets changes of the full model's config (attention implementation, special tokens, ...) reach the
+        core."""
         with self.at_rung(None):
             mine, theirs = sub_configs(self.model.config), sub_configs(full.config)  # type: ignore[arg-type]
             for name, config in mine.items():
@@ -244,9 +246,9 @@ def _check(class_name: str, name: str, place: torch.Tensor, part: Part, theirs: 
     shape = None if found is None else tuple(part.of(found.detach()).shape)
     if shape != tuple(place.shape):
         raise ValueError(
-            f"got a {class_name} whose {part.name} gives a core tensor of shape {shape}; needs {tuple(place.shape)} for {name}, "
-            "because that is what its class builds from the core's config, and stock transformers has to load it; the model "
-            "was changed after it was built: load it anew"
+            f"got a {class_name} whose {part.name} gives a core tensor of shape {shape}; needs {tuple(place.shape)} "
+            f"for {name}, because that is what its class builds from the core's config, and stock transformers has to "
+            "load it; the model was changed after it was built: load it anew"
         )
 
 
@@ -256,8 +258,8 @@ def _fill(model: PreTrainedModel, value: Value) -> None:
     for path, module in model.named_modules():
         if loose := [name for name, held in vars(module).items() if isinstance(held, torch.Tensor)]:
             raise ValueError(
-                f"got a {type(model).__name__} whose {path} holds {loose[0]!r} as a plain tensor; needs parameters and "
-                "buffers, because a core is built without values and gets the full network's; set --core low_rank"
+                f"got a {type(model).__name__} whose {path} holds {loose[0]!r} as a plain tensor; needs parameters "
+                "and buffers, because a core is built without values and gets the full network's; set --core low_rank"
             )
         for table in (module._parameters, module._buffers):
             for name, place in table.items():

@@ -11,8 +11,8 @@ from .modules import parent_and_name
 def to_semi_structured(model: PreTrainedModel) -> PreTrainedModel:
     """Put the weights of all 2:4 sparse linear layers into torch's semi-structured format, in place, for inference.
 
-    In memory only: `save_pretrained` cannot write that format, and a core exported as "dense" keeps its zeros, so load that
-    and call this. Whether it is faster depends on the shapes; measure it.
+    In memory only: `save_pretrained` cannot write that format, and a core exported as "dense" keeps its zeros, so load
+    that and call this. Whether it is faster depends on the shapes; measure it.
 
     Args: `model`: on a CUDA device of compute capability >= 8.0, in float16 or bfloat16.
 
@@ -46,8 +46,8 @@ def to_semi_structured(model: PreTrainedModel) -> PreTrainedModel:
     for what, (applies, reason) in reasons.items():
         if applies:
             raise ValueError(
-                f"got {what} for core_format 'semi_structured'; needs a 2:4 sparse model in half precision on a GPU of compute "
-                f"capability 8.0, because {reason}; or use core_format 'dense', which keeps the zeros"
+                f"got {what} for core_format 'semi_structured'; needs a 2:4 sparse model in half precision on a GPU "
+                f"of compute capability 8.0, because {reason}; or use core_format 'dense', which keeps the zeros"
             )
     for path, layer in layers.items():
         parent, name = parent_and_name(model, path)
@@ -58,8 +58,8 @@ def to_semi_structured(model: PreTrainedModel) -> PreTrainedModel:
 class SemiStructuredLinear(nn.Linear):
     """A linear layer of 2:4 zeros that multiplies all rows of a batch as one matrix.
 
-    Torch's format multiplies matrices only; more dimensions are made one where they lie in order, which the outputs of such
-    layers, transposed in memory, do not.
+    Torch's format multiplies matrices only; more dimensions are made one where they lie in order, which the outputs of
+    such layers, transposed in memory, do not.
     """
 
     def __init__(self, layer: nn.Linear):

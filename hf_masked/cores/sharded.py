@@ -1,7 +1,7 @@
 """A full network whose parameters lie in parts on several processes (FSDP2), made whole where a core looks at it.
 
-Transformers shards while it loads, `from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=n))`, on any device.
-The core is no part of that: it is whole on every process, and DistributedDataParallel reduces its gradients.
+Transformers shards while it loads, `from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=n))`, on any
+device. The core is no part of that: it is whole on every process, and DistributedDataParallel reduces its gradients.
 """
 
 import copy
@@ -46,7 +46,8 @@ def gathered(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model without values and without what sharding adds to it: a class of its own, and a note in the config."""
+    """The same model without values and without what sharding adds to it: a class of its own, and a note in the
+    config."""
     plain = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and c.__name__ == _class_name(model))
     config = copy.deepcopy(model.config)
     if hasattr(config, "distributed_config"):
@@ -87,7 +88,8 @@ def _of_the_run(trainer: Any, what: str) -> dict[str, tuple[bool, str]]:
         "fsdp_cpu_offload": (sizes.fsdp_cpu_offload, "the core is split from tensors gathered on the device"),
         "one optimizer state for both networks": (
             what == "a core" and trainer._one_state(),
-            "no optimizer takes whole tensors and parts in one step; set --moments per_phase and another --schedule than sum",
+            "no optimizer takes whole tensors and parts in one step; set --moments per_phase and another --schedule "
+            "than sum",
         ),
         "--diagnostics_steps or --audit": (args.diagnostics_steps > 0 or args.audit, "they look at whole tensors"),
         "--fp16": (in_fp16(args), "GradScaler was not tried on parts; set --bf16"),
@@ -113,9 +115,9 @@ def _of_the_slots(trainer: Any) -> dict[str, tuple[bool, str]]:
         ),
         f"the rule {type(alone[0]).__name__ if alone else None}": (
             bool(alone),
-            "it ranks, scales or deals out what whole tensors hold, of which a process has a part; set apply_to core, or a "
-            "method that does not: random_coordinates, rand_k, fixed, parameters, badam, lisa, freeze_out, sam, asam, "
-            "extragradient, gaussian, stale, drop_connect, dropout, quantize or binary_connect per channel",
+            "it ranks, scales or deals out what whole tensors hold, of which a process has a part; set apply_to core, "
+            "or a method that does not: random_coordinates, rand_k, fixed, parameters, badam, lisa, freeze_out, sam, "
+            "asam, extragradient, gaussian, stale, drop_connect, dropout, quantize or binary_connect per channel",
         ),
         "two passes and microbatches that are reduced together": (
             getattr(phase.perturbation, "needs_gradient", False) and several and not at_once,
@@ -132,6 +134,7 @@ def refuse_resuming(model: nn.Module, checkpoint: str) -> None:
     """
     if is_sharded(model):
         raise ValueError(
-            f"got resume_from_checkpoint={checkpoint!r} for a sharded model; needs a run from its beginning, because Transformers "
-            "saves no optimizer state of such models; to go on from the weights alone, load the checkpoint by from_pretrained"
+            f"got resume_from_checkpoint={checkpoint!r} for a sharded model; needs a run from its beginning, because "
+            "Transformers saves no optimizer state of such models; to go on from the weights alone, load the "
+            "checkpoint by from_pretrained"
         )

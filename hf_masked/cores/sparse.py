@@ -93,8 +93,9 @@ class SparseCoreConfig(CoreConfig):
         target_modules, exclude_modules: which linear layers; as in `LowRankCoreConfig`.
         coupling: "free" (the core has a copy of W) or "shared" (W is the full network's: a core step is the template
             with dx = -(1 - M) W, p = M).
-        grow_every: every so many core updates the smallest weights of the core give way to those with the largest gradients
-            (see `grown.GrownMasks`), for coupling "free" and unstructured masks. Default: masks stay between splits.
+        grow_every: every so many core updates the smallest weights of the core give way to those with the largest
+            gradients (see `grown.GrownMasks`), for coupling "free" and unstructured masks. Default: masks stay between
+            splits.
         grow_share: the share of each target's weights that gives way, in (0, 1).
         grow_until: masks are final from this fraction of the run on.
         split_at, split_every: see `CoreConfig`; masks are drawn anew from the full network's magnitudes.
@@ -106,8 +107,8 @@ class SparseCoreConfig(CoreConfig):
 
     Cost: one bit (stored as a byte) per weight for M; one product M * W per layer and forward; "free": a copy of W.
 
-    Source: Zhu and Gupta, "To prune, or not to prune", 2017 (magnitude); Mishra et al., "Accelerating Sparse Deep Neural
-        Networks", 2021 (2:4).
+    Source: Zhu and Gupta, "To prune, or not to prune", 2017 (magnitude); Mishra et al., "Accelerating Sparse Deep
+        Neural Networks", 2021 (2:4).
 
     >>> magnitude_mask(torch.tensor([[4.0, -1.0, 2.0, 3.0]]), "2:4").int().tolist()
     [[1, 0, 0, 1]]
@@ -177,8 +178,9 @@ class SparseCore(ParametrizedCore):
         for path, layer in targets.items():
             if id(layer.weight) in tied:
                 raise ValueError(
-                    f"got the target {path}, whose weight is tied to another module's; needs an untied one, because the core "
-                    f"would hold it dense and sparse at once; set exclude_modules=[{path.rpartition('.')[2]!r}]"
+                    f"got the target {path}, whose weight is tied to another module's; needs an untied one, because "
+                    "the core would hold it dense and sparse at once; set "
+                    f"exclude_modules=[{path.rpartition('.')[2]!r}]"
                 )
         self.transposed = {path: isinstance(layer, Conv1D) for path, layer in targets.items()}
         masks = self._masks(full, config)
@@ -200,8 +202,9 @@ class SparseCore(ParametrizedCore):
                 config.sparsity.split(":")[1]
             ):
                 raise ValueError(
-                    f"got sparsity={config.sparsity!r} for {path} of {tuple(weight.shape)}; needs in_features that are a multiple "
-                    f"of {config.sparsity.split(':')[1]}, because whole groups are pruned; set exclude_modules in --core_config"
+                    f"got sparsity={config.sparsity!r} for {path} of {tuple(weight.shape)}; needs in_features that "
+                    f"are a multiple of {config.sparsity.split(':')[1]}, because whole groups are pruned; set "
+                    "exclude_modules in --core_config"
                 )
             mask = magnitude_mask(weight.T if transposed else weight, config.sparsity)
             masks[path] = mask.T.contiguous() if transposed else mask
@@ -227,15 +230,16 @@ class SparseCore(ParametrizedCore):
         return lambda info, gradients: {name: m.mask for name, m in self.masked.items() if name in gradients}
 
     def extract(self, core_format: str) -> PreTrainedModel:
-        """ "dense": a plain model with the zeros in it; "semi_structured": that in the format of `to_semi_structured`."""
+        """ "dense": a plain model with the zeros in it; "semi_structured": that in the format of
+        `to_semi_structured`."""
         dense = super().extract(core_format)
         return to_semi_structured(dense) if core_format == "semi_structured" else dense
 
     def write(self, folder: str | Path, core_format: str, max_shard_size: int | str = "50GB") -> None:
         if core_format != "dense":
             raise ValueError(
-                f"got core_format={core_format!r} for a folder; needs 'dense', because safetensors has no such format; load the "
-                "dense export, which keeps the zeros, and call to_semi_structured"
+                f"got core_format={core_format!r} for a folder; needs 'dense', because safetensors has no such "
+                "format; load the dense export, which keeps the zeros, and call to_semi_structured"
             )
         super().write(folder, core_format, max_shard_size)
 

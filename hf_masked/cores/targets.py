@@ -55,8 +55,9 @@ def find_sites(
     for pattern in config.rank_pattern:
         if not any(in_pattern(pattern, path) for path in targets):
             raise ValueError(
-                f"got {pattern!r} in rank_pattern, which matches none of the core's targets; needs the end or a regular expression "
-                f"of a path such as {next(iter(targets))!r}, because it would have no effect; set it in --core_config"
+                f"got {pattern!r} in rank_pattern, which matches none of the core's targets; needs the end or a "
+                f"regular expression of a path such as {next(iter(targets))!r}, because it would have no effect; set "
+                "it in --core_config"
             )
     ranks = choose_ranks(config, weights, moments)
     return {p: Site(W.shape[1], W.shape[0], ranks[p], transposed[p]) for p, W in weights.items()}
@@ -141,7 +142,8 @@ def _is_read(model: nn.Module, path: str) -> bool:
 
 
 def refuse_read(model: nn.Module, targets: Mapping[str, Any]) -> None:
-    """Refuse targets whose parent takes their weight instead of calling them, as Mamba's does: a factorised layer has none.
+    """Refuse targets whose parent takes their weight instead of calling them, as Mamba's does: a factorised layer has
+    none.
 
     Raises: ValueError.
     """
@@ -149,8 +151,9 @@ def refuse_read(model: nn.Module, targets: Mapping[str, Any]) -> None:
         parent, _ = parent_and_name(model, read[0])
         names = sorted({path.rpartition(".")[2] for path in read})
         raise ValueError(
-            f"got the target {read[0]}, whose weight {type(parent).__name__} reads itself instead of calling the layer; needs layers "
-            f"that are called, because the factors in its place have no such weight; set exclude_modules={names}"
+            f"got the target {read[0]}, whose weight {type(parent).__name__} reads itself instead of calling the "
+            "layer; needs layers that are called, because the factors in its place have no such weight; set "
+            f"exclude_modules={names}"
         )
 
 
@@ -194,8 +197,8 @@ def _no_match(option: str, given: str | list[str], linear: Mapping[str, nn.Modul
     elif given in known:
         advice = f"set {option} to [{given!r}]: a list has names, a text is a regular expression of the whole path"
     return ValueError(
-        f"got {given!r} in {option}, which matches no linear layer; needs names among {known}, or a regular expression of whole "
-        f"paths, because it would have no effect; {advice}"
+        f"got {given!r} in {option}, which matches no linear layer; needs names among {known}, or a regular "
+        f"expression of whole paths, because it would have no effect; {advice}"
     )
 
 
@@ -218,5 +221,6 @@ def _refuse_experts(model: PreTrainedModel, config: Targets) -> None:
                 raise ValueError(
                     f"got a model with expert weights {path}.{name} of shape {tuple(parameter.shape)}; needs "
                     "matrices, because a 3-D parameter of all experts is no linear layer and the core would keep its "
-                    f"full size; set exclude_modules=[{path.rpartition('.')[2]!r}] to keep the experts dense in the core"
+                    f"full size; set exclude_modules=[{path.rpartition('.')[2]!r}] to keep the experts dense in the "
+                    "core"
                 )

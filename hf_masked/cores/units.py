@@ -1,8 +1,9 @@
 """Where the feed-forward neurons and the attention heads of a model lie, and what its config says with fewer of them.
 
-Which linear layer is cut by rows or by columns, and where one holds several maps, is read from the tensor-parallel plan that
-a class comes with; the smaller model, built from the smaller config, says by how much. Most classes have no plan (the BERT
-family, GPT-2, T5, BART, ViT): there the dimension that shrinks is the one, unless it holds several maps, which has to be told.
+Which linear layer is cut by rows or by columns, and where one holds several maps, is read from the tensor-parallel
+plan that a class comes with; the smaller model, built from the smaller config, says by how much. Most classes have no
+plan (the BERT family, GPT-2, T5, BART, ViT): there the dimension that shrinks is the one, unless it holds several
+maps, which has to be told.
 """
 
 import re
@@ -22,7 +23,8 @@ _HEADS = (("num_attention_heads", "num_key_value_heads", "head_dim"), ("num_head
 # the dimension that each style of a plan splits, from the end; of a vector a row-wise one splits none
 _SPLIT = {"colwise": -2, "colwise_gather_output": -2, "colwise_rep": -2, "packed_colwise": -2,
           "rowwise": -1, "rowwise_split_input": -1, "rowwise_rep": -1, "packed_rowwise": -1}  # fmt: skip
-# those that say of two maps in one dimension that one follows the other; outputs are gathered to be halved by `chunk(2)`
+# those that say of two maps in one dimension that one follows the other; outputs are gathered to be halved by
+# `chunk(2)`
 _HALVES = ("packed_colwise", "packed_rowwise", "colwise_gather_output", "colwise_rep")
 # layers of that kind, of classes without a plan
 _PACKED = {
@@ -56,7 +58,8 @@ class Cut:
 
 
 def unit_cuts(model: PreTrainedModel) -> list[Cut]:
-    """Where every feed-forward neuron lies, and every head (with grouped queries, group) where the config tells their size.
+    """Where every feed-forward neuron lies, and every head (with grouped queries, group) where the config tells their
+    size.
 
     Raises: ValueError for a layout that no plan tells.
     """
@@ -68,8 +71,8 @@ def _resolve(value: Any, count: int, name: str) -> int:
     kept = max(1, round(value * count)) if isinstance(value, float) else value
     if kept > count:
         raise ValueError(
-            f"got {name}={value} for layers of {count}; needs at most {count}, because the core is a part of them; set {name} "
-            "in --core_config"
+            f"got {name}={value} for layers of {count}; needs at most {count}, because the core is a part of them; "
+            f"set {name} in --core_config"
         )
     return kept
 
@@ -123,7 +126,8 @@ def _heads_of(config: PreTrainedConfig) -> _Heads | None:
 def _told_heads(full: PreTrainedModel) -> dict[str, _Heads]:
     """Part of the config -> its heads, where it can say fewer of the same size.
 
-    Many classes read a `head_dim` that their config does not list (Qwen2, OLMo 2, ViT): with it, their projections shrink.
+    Many classes read a `head_dim` that their config does not list (Qwen2, OLMo 2, ViT): with it, their projections
+    shrink.
     """
     told = {part: heads for part, config in sub_configs(full.config).items() if (heads := _heads_of(config))}
     return {part: heads for part, heads in told.items() if _shrink(full, part, heads)}
@@ -142,7 +146,8 @@ def _shrink(full: PreTrainedModel, part: str, heads: _Heads) -> bool:
         }
     except ValueError:  # one head is too few for the config's own rules, or it has no place for their size
         return listed
-    # what all heads write and read together may be sized by hidden_size: norms (OLMoE, BitNet), the last projection (Helium)
+    # what all heads write and read together may be sized by hidden_size: norms (OLMoE, BitNet), the last projection
+    # (Helium)
     layers = {name.rpartition(".")[0].rpartition(".")[0] for name in cut}
     left = [
         name
@@ -162,9 +167,9 @@ def fewer_heads(full: PreTrainedModel, share: Any) -> Changes:
     told = _told_heads(full)
     if not told:
         raise ValueError(
-            f"got heads={share} for a {type(full).__name__}; needs heads=1.0, because its config cannot say fewer heads of "
-            "the same size (its class reads no head_dim, or sizes a norm or a projection of all heads without it), so stock "
-            "transformers could not load the core; set heads in --core_config"
+            f"got heads={share} for a {type(full).__name__}; needs heads=1.0, because its config cannot say fewer "
+            "heads of the same size (its class reads no head_dim, or sizes a norm or a projection of all heads "
+            "without it), so stock transformers could not load the core; set heads in --core_config"
         )
     changes = {part: heads.keeping(_resolve(share, heads.groups, "heads")) for part, heads in told.items()}
     return {part: fewer for part, fewer in changes.items() if fewer}
@@ -199,9 +204,10 @@ def neuron_cuts(full: PreTrainedModel, changes: Changes) -> Iterator[Cut]:
                 told = style in _HALVES or (style in _SPLIT and len(in_layer[_owner(name)]) == 1)
                 if packed * units != size or packed * kept != smaller or (packed > 1 and not told):
                     raise ValueError(
-                        f"got a {type(full).__name__} whose {name} packs several maps into dimension {dim} in a way that no plan "
-                        "of its class tells; needs one map per dimension, or its entry in model.tp_plan ('packed_colwise' for two "
-                        "of the same inputs), because the wrong entries would be cut; set --core low_rank or depth"
+                        f"got a {type(full).__name__} whose {name} packs several maps into dimension {dim} in a way "
+                        "that no plan of its class tells; needs one map per dimension, or its entry in model.tp_plan "
+                        "('packed_colwise' for two of the same inputs), because the wrong entries would be cut; set "
+                        "--core low_rank or depth"
                     )
                 group = re.sub(r"(.*\.\d+)\..*", r"\1", name)
                 yield Cut(name, dim, size, units, kept, packed, f"{group} {field}")
@@ -218,9 +224,9 @@ def head_cuts(full: PreTrainedModel, changes: Changes) -> Iterator[Cut]:
             _style(full, name, dim)
             if whole not in known or smaller * heads.groups != whole * kept:
                 raise ValueError(
-                    f"got a {type(full).__name__} whose {name} has {whole} entries in dimension {dim} for {heads.count} heads of "
-                    f"{heads.size}; needs one of these sizes for each, because the wrong entries would be cut; set heads to 1.0 "
-                    "in --core_config"
+                    f"got a {type(full).__name__} whose {name} has {whole} entries in dimension {dim} for "
+                    f"{heads.count} heads of {heads.size}; needs one of these sizes for each, because the wrong "
+                    "entries would be cut; set heads to 1.0 in --core_config"
                 )
             yield Cut(name, dim, whole, heads.groups, kept, 1, f"{name.rsplit('.', 2)[0]} heads")
 
@@ -231,7 +237,8 @@ def _owner(name: str) -> str:
 
 
 def _style(full: PreTrainedModel, name: str, dim: int) -> str | None:
-    """How the plan of a tensor's class (or our table, for a class without one) splits this dimension of it, if it says.
+    """How the plan of a tensor's class (or our table, for a class without one) splits this dimension of it, if it
+    says.
 
     Raises: ValueError where it says another dimension.
     """
@@ -248,7 +255,8 @@ def _style(full: PreTrainedModel, name: str, dim: int) -> str | None:
     split = _SPLIT[style] if dims > 1 else (-1 if _SPLIT[style] == -2 else None)
     if split != dim - dims:
         raise ValueError(
-            f"got a {type(full).__name__} whose {name} would be cut along dimension {dim}; needs what its tensor-parallel plan "
-            f"splits ({style}), because a number of its config sizes something else there; set --core low_rank or depth"
+            f"got a {type(full).__name__} whose {name} would be cut along dimension {dim}; needs what its "
+            f"tensor-parallel plan splits ({style}), because a number of its config sizes something else there; set "
+            "--core low_rank or depth"
         )
     return style

@@ -1,4 +1,5 @@
-"""The width core: the first of the feed-forward neurons and attention heads of every block, nested in the full ones."""
+"""The width core: the first of the feed-forward neurons and attention heads of every block, nested in the full
+ones."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -23,9 +24,9 @@ class WidthCoreConfig(CoreConfig):
         neurons: of each feed-forward layer, a fraction in (0, 1] or a number >= 1.
         heads: of each attention layer, a fraction in (0, 1] or a number >= 1 of heads; with grouped queries, of whole
             groups: a key-value head and all of its query heads.
-            A list of either, or of both, is a ladder of nested widths in one core, increasing: the last is the core, a narrower
-            rung has the first of its neurons and heads. Every core update runs at one of them, and each is evaluated
-            (`eval_core_n0.25_loss`) and exported (`core-n0.25/`).
+            A list of either, or of both, is a ladder of nested widths in one core, increasing: the last is the core, a
+            narrower rung has the first of its neurons and heads. Every core update runs at one of them, and each is
+            evaluated (`eval_core_n0.25_loss`) and exported (`core-n0.25/`).
         rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
         order: which are kept: "first", or "magnitude": those of the largest weights. With coupling "shared" the full
             network's are put in that order once, which leaves its function as it was (to rounding).
@@ -35,9 +36,10 @@ class WidthCoreConfig(CoreConfig):
 
     Exported with smaller `intermediate_size`, `num_attention_heads`, ..., so stock transformers loads it.
 
-    Raises: ValueError for numbers out of range, and where the config of the model cannot say such a core: a head's size
-        is hidden_size over num_attention_heads in many (BERT, GPT-2, BART), whose heads all have to stay; and where a tensor
-        holds several maps in one dimension that no tensor-parallel plan tells (see `units`; say it in `model.tp_plan`).
+    Raises: ValueError for numbers out of range, and where the config of the model cannot say such a core: a head's
+        size is hidden_size over num_attention_heads in many (BERT, GPT-2, BART), whose heads all have to stay; and
+        where a tensor holds several maps in one dimension that no tensor-parallel plan tells (see `units`; say it in
+        `model.tp_plan`).
 
     Deviation: a norm over all heads (OLMo 2) is in the core one over those kept, as its class has it.
 
@@ -109,8 +111,8 @@ class WidthCore(ResizedCore):
         self.cuts = [*neuron_cuts(full, neurons), *head_cuts(full, heads)]
         if not self.cuts:
             raise ValueError(
-                f"got neurons={config.neurons}, heads={config.heads} for a {type(full).__name__}; needs fewer of one, because "
-                f"the core would be the full network: all are kept, or its config counts none of {NEURONS}"
+                f"got neurons={config.neurons}, heads={config.heads} for a {type(full).__name__}; needs fewer of one, "
+                f"because the core would be the full network: all are kept, or its config counts none of {NEURONS}"
             )
         self._refuse_common_order(full, config)
         self.config: Any = config
@@ -124,8 +126,9 @@ class WidthCore(ResizedCore):
         biases = [name for name, _ in full.named_parameters() if "relative_attention_bias" in name]
         if biases and config.order == "magnitude" and config.heads != 1.0:
             raise ValueError(
-                f"got order='magnitude' with heads={config.heads} for a {type(full).__name__}; needs order='first', because "
-                f"{biases[0]} is one table of the heads of all blocks, so they keep their places; set order in --core_config"
+                f"got order='magnitude' with heads={config.heads} for a {type(full).__name__}; needs order='first', "
+                f"because {biases[0]} is one table of the heads of all blocks, so they keep their places; set order "
+                "in --core_config"
             )
 
     def _set_parts(self, full: PreTrainedModel) -> None:

@@ -15,8 +15,8 @@ def _refuse(rule: Any) -> None:
     for name in ("error", "support", "rates"):
         if hasattr(rule, name):
             raise ValueError(
-                f"got {type(rule).__name__}, which has {name!r}; needs a plain mask, because that belongs to the whole of "
-                "what is left out; put it around the composed mask"
+                f"got {type(rule).__name__}, which has {name!r}; needs a plain mask, because that belongs to the "
+                "whole of what is left out; put it around the composed mask"
             )
 
 

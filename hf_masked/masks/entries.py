@@ -77,7 +77,8 @@ def _largest_on_processor(flat: torch.Tensor, count: int, magnitude: bool) -> to
 
 
 def _bound(sample: np.ndarray, share: float) -> np.floating[Any] | None:
-    """What probably a few more numbers reach than the wanted share of those that the sample is of; None of too small a one."""
+    """What probably a few more numbers reach than the wanted share of those that the sample is of; None of too small a
+    one."""
     # four standard deviations more of the sample than its share, so that too few are found about once in 30,000 times
     rank = math.ceil(len(sample) * share + 4 * math.sqrt(len(sample) * share * (1 - share)) + 4)
     if len(sample) < _SAMPLE or rank > len(sample) / 2:
@@ -205,8 +206,8 @@ def largest_by_name(scores: Tensors, density: float, scope: Scope, magnitude: bo
 
 
 def _of_one_size(scores: Tensors) -> list[list[str]]:
-    """Names of what is selected from in one go: on an accelerator, which takes longer to be told than to select, tensors of one
-    size and dtype together."""
+    """Names of what is selected from in one go: on an accelerator, which takes longer to be told than to select,
+    tensors of one size and dtype together."""
     groups: dict[Any, list[list[str]]] = {}
     for name, score in scores.items():
         entries = score.numel()
@@ -242,8 +243,8 @@ class TopK:
         density: share kept, in (0, 1].
         scope: "tensor": that share of every tensor; "global": of all trained parameters together.
 
-    Cost: one selection per tensor, on an accelerator for tensors of one size together, of which up to 256 MiB are copied; for
-        "global" one float32 copy of the gradients.
+    Cost: one selection per tensor, on an accelerator for tensors of one size together, of which up to 256 MiB are
+        copied; for "global" one float32 copy of the gradients.
 
     Source: Aji, Heafield, "Sparse Communication for Distributed Gradient Descent", 2017.
 
@@ -283,7 +284,8 @@ class RandK:
 
 @dataclass
 class RandomCoordinates:
-    """Keeps each entry with probability `density`, rounded as by `bernoulli`, independently, drawn anew in every update."""
+    """Keeps each entry with probability `density`, rounded as by `bernoulli`, independently, drawn anew in every
+    update."""
 
     density: Value
     on_parts: ClassVar[bool] = True

@@ -17,8 +17,8 @@ class ErrorFeedback:
 
     Memory: one copy of the gradients, in their dtype; it is kept in checkpoints.
 
-    Source: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory", 2018, algorithm 1. Deviations: e is held in units of
-    the gradient, not multiplied by the learning rate; it belongs to the gradient averaged over workers, not to each
+    Source: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory", 2018, algorithm 1. Deviations: e is held in units
+    of the gradient, not multiplied by the learning rate; it belongs to the gradient averaged over workers, not to each
     worker's own.
     """
 

@@ -35,8 +35,8 @@ class Magnitude:
 
 @dataclass
 class Fisher:
-    """Trains the `density` share of entries with the largest mean squared gradient over the first `batches` updates, in
-    which nothing moves.
+    """Trains the `density` share of entries with the largest mean squared gradient over the first `batches` updates,
+    in which nothing moves.
 
     Memory: one copy of the gradients during those; the mask from then on, which is kept in checkpoints.
 

@@ -34,7 +34,8 @@ class Parameters:
             if not any(re.fullmatch(pattern, name) for name in gradients):
                 raise ValueError(
                     f"got the pattern {pattern!r}, which matches no parameter; needs one that matches a name such as "
-                    f"{next(iter(gradients), None)!r} as a whole, because it would be ignored; set it in --method_config"
+                    f"{next(iter(gradients), None)!r} as a whole, because it would be ignored; set it in "
+                    "--method_config"
                 )
         return {name: _any(self.trained, name) and not _any(self.frozen, name) for name in gradients}
 

@@ -1,7 +1,7 @@
 """Training a sparse network: what is masked out is zero in the network, and the mask changes from time to time.
 
-The template's pair is dx = -(1 - m) (.) x, p = m. Here x itself is set to zero where m is 0 whenever m changes, so dx is
-zero, no step has to displace anything, and what is saved is the sparse network.
+The template's pair is dx = -(1 - m) (.) x, p = m. Here x itself is set to zero where m is 0 whenever m changes, so dx
+is zero, no step has to displace anything, and what is saved is the sparse network.
 """
 
 import re
@@ -40,7 +40,8 @@ def targets(parameters: Tensors, pattern: str | None) -> Masks:
 
 
 def erdos_renyi(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
-    """Densities per tensor, proportional to (sum of its sizes) / (product of its sizes) and at most 1, `density` overall.
+    """Densities per tensor, proportional to (sum of its sizes) / (product of its sizes) and at most 1, `density`
+    overall.
 
     Source: Evci et al., "Rigging the Lottery", 2020, section 3 (Erdős-Rényi kernel).
 
@@ -129,7 +130,8 @@ def _without_smallest(mask: torch.Tensor, weight: torch.Tensor, share: float) ->
 
 @dataclass
 class DynamicSparsity:
-    """A random mask at first; every `every` update steps each tensor drops its smallest weights and grows as many others.
+    """A random mask at first; every `every` update steps each tensor drops its smallest weights and grows as many
+    others.
 
         dropped: the drop(t) share of its weights with the smallest magnitudes
         grown: as many of the others (those just dropped included), by `grow`; they start at zero

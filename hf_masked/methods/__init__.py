@@ -96,13 +96,14 @@ def make_method(name: str, **options: Any) -> Method:
 def fill_phases(
     name: str | None, config: dict[str, Any] | str | None, full: Phase, core: Phase
 ) -> tuple[Phase, Phase]:
-    """Both phases with the method's slots where its option `apply_to` says: in "full" (the default), "core" or "both"."""
+    """Both phases with the method's slots where its option `apply_to` says: in "full" (the default), "core" or
+    "both"."""
     options = json_object(config, "method_config", '{"density": 0.05}')
     if name is None:
         if options:
             raise ValueError(
-                f"got method_config={options} without method; needs one, because a method says which options there are; set --method "
-                "(the options of a recipe's --methods are its --method_configs)"
+                f"got method_config={options} without method; needs one, because a method says which options there "
+                "are; set --method (the options of a recipe's --methods are its --method_configs)"
             )
         return full, core
     where = options.pop("apply_to", "full")

@@ -34,7 +34,8 @@ def badam(
     (dx, p) = (0, one block). BAdam: Luo, Yu, Li 2024 (`every` is their K; moments are dropped when a block ends, hence
     `state_policy` "reset"). Saves backward below the block, and all optimizer state but one block's; "freeze" keeps
     it instead, in main memory with `offload_state`. `rest`: embeddings, head and the like are one more "block", or
-    "train" always, or "freeze". Nothing saved beyond Trainer's. Known: needs K large against Adam's warm-up of its moments.
+    "train" always, or "freeze". Nothing saved beyond Trainer's. Known: needs K large against Adam's warm-up of its
+    moments.
     """
     check_count("every", every)
     check_choice("order", order, ("ascending", "descending", "shuffled"))
@@ -64,9 +65,9 @@ def lisa(
 def freeze_out(t0: float = 0.5, kind: str = "linear", scale: bool = True) -> Method:
     """FreezeOut: layers freeze one after another from the input on, each with its own cosine learning rate.
 
-    (dx, p) = (0, layers not yet frozen). Brock et al. 2017 (t0 = 0.5 or 0.8, "cubic" with `scale`). Saves backward below
-    the lowest layer still trained. Nothing saved. Known: costs accuracy at the same number of steps. Deviation: the
-    cosine multiplies the run's learning rate; set --lr_scheduler_type constant for the paper's.
+    (dx, p) = (0, layers not yet frozen). Brock et al. 2017 (t0 = 0.5 or 0.8, "cubic" with `scale`). Saves backward
+    below the lowest layer still trained. Nothing saved. Known: costs accuracy at the same number of steps. Deviation:
+    the cosine multiplies the run's learning rate; set --lr_scheduler_type constant for the paper's.
     """
     check(isinstance(t0, int | float) and 0 < t0 <= 1, "t0", t0, "a number in (0, 1]")
     check_choice("kind", kind, ("linear", "cubic"))

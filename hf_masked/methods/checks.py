@@ -101,6 +101,7 @@ def _refuse_misfit(rule: Fixed, parameters: Parameters) -> None:
             or any(mine not in (1, theirs) for mine, theirs in zip(given[::-1], shape[::-1], strict=False))
         ):
             raise ValueError(
-                f"got a mask of shape {given} for {name!r}, which is {shape or 'no trained parameter'}; needs one that broadcasts "
-                "to a parameter, because it would hold nothing, or the wrong entries; set another file in --method_config"
+                f"got a mask of shape {given} for {name!r}, which is {shape or 'no trained parameter'}; needs one "
+                "that broadcasts to a parameter, because it would hold nothing, or the wrong entries; set another "
+                "file in --method_config"
             )

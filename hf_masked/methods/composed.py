@@ -10,8 +10,9 @@ from .base import Method, both, check
 def chain(methods: list[dict[str, Any]], state_policy: StatePolicy = "freeze") -> Method:
     """Trains what every one of several methods trains, each given by its name and options.
 
-    (dx, p) = (0, the product of theirs). Example: '{"methods": [{"name": "lisa", "blocks": 1}, {"name": "top_k", "density":
-    0.1}]}'. Cost and what is saved: theirs. Known: two random masks keep the product of their shares. Deviation: none.
+    (dx, p) = (0, the product of theirs). Example: '{"methods": [{"name": "lisa", "blocks": 1}, {"name": "top_k",
+    "density": 0.1}]}'. Cost and what is saved: theirs. Known: two random masks keep the product of their shares.
+    Deviation: none.
     """
     check(len(methods) > 0, "methods", methods, "at least one method")
     return both(Chain(*[_mask_of(method, "methods") for method in methods]), state_policy)
@@ -20,8 +21,8 @@ def chain(methods: list[dict[str, Any]], state_policy: StatePolicy = "freeze") -
 def complement(method: dict[str, Any], state_policy: StatePolicy = "freeze") -> Method:
     """Trains what another method leaves out, given by its name and options.
 
-    (dx, p) = (0, 1 - its p). Example: '{"method": {"name": "magnitude", "density": 0.5, "scope": "global"}}'. Cost and what is
-    saved: its own. Known: of a method whose p is 1 nothing is left. Deviation: none.
+    (dx, p) = (0, 1 - its p). Example: '{"method": {"name": "magnitude", "density": 0.5, "scope": "global"}}'. Cost and
+    what is saved: its own. Known: of a method whose p is 1 nothing is left. Deviation: none.
     """
     return both(Complement(_mask_of(method, "method")), state_policy)
 

@@ -28,8 +28,8 @@ def top_k(density: Spec = 0.1, scope: Scope = "tensor", state_policy: StatePolic
 
     (dx, p) = (0, top-k of |g|). Aji and Heafield 2017, who send 1 %; `density` 0.1 is a milder default. No extra pass;
     one selection per tensor (`scope` "tensor"; "global" selects over all of them). Nothing saved. Known: without error
-    feedback it stalls on what it never picks (Stich et al. 2018). Deviation: with a stateful optimizer what is left out
-    keeps its bits, so it is a sparse update, not compressed communication: see topk_ef for that.
+    feedback it stalls on what it never picks (Stich et al. 2018). Deviation: with a stateful optimizer what is left
+    out keeps its bits, so it is a sparse update, not compressed communication: see topk_ef for that.
     """
     check_choice("scope", scope, ("tensor", "global"))
     return both(TopK(density_value(density), scope), state_policy)
@@ -38,10 +38,11 @@ def top_k(density: Spec = 0.1, scope: Scope = "tensor", state_policy: StatePolic
 def topk_ef(density: Spec = 0.01, scope: Scope = "tensor", communicate: Communicate = "dense") -> Method:
     """Compressed gradients with memory: the top-k of gradient plus error is used, the rest is kept for later.
 
-    (dx, p) = (0, top-k of |g + e|). Stich, Cordonnier, Jaggi 2018 (k = 1 % and less). No extra pass; memory: one copy of
-    the gradients, saved in checkpoints. Known: late gradients are stale ones, and under Adam their size misleads the
-    second moments. `communicate` "compressed": each process sends the top-k of its own gradient plus error, values and
-    indices, which is less than plain reduction while density * processes < 1 (in float32), and keeps an error of its own.
+    (dx, p) = (0, top-k of |g + e|). Stich, Cordonnier, Jaggi 2018 (k = 1 % and less). No extra pass; memory: one copy
+    of the gradients, saved in checkpoints. Known: late gradients are stale ones, and under Adam their size misleads
+    the second moments. `communicate` "compressed": each process sends the top-k of its own gradient plus error, values
+    and indices, which is less than plain reduction while density * processes < 1 (in float32), and keeps an error of
+    its own.
     Deviation: "dense" compresses the gradient averaged over processes, after all of it has travelled; momentum and
     decay act on every entry.
     """
@@ -60,10 +61,10 @@ def rand_k(
 ) -> Method:
     """Random-k: exactly a share `density` of every tensor's entries is trained, drawn every `every` steps.
 
-    (dx, p) = (0, k random entries). Stich et al. 2018; `every` 0 draws once for the whole run. No extra pass, no memory;
-    with `error_feedback` as topk_ef. Known: converges slower than top-k at the same k. Deviation: kept entries are not
-    scaled by 1 / density, since p is 0/1. `communicate` "compressed": the values of the k entries are all that is reduced
-    over processes, which changes no number.
+    (dx, p) = (0, k random entries). Stich et al. 2018; `every` 0 draws once for the whole run. No extra pass, no
+    memory; with `error_feedback` as topk_ef. Known: converges slower than top-k at the same k. Deviation: kept entries
+    are not scaled by 1 / density, since p is 0/1. `communicate` "compressed": the values of the k entries are all that
+    is reduced over processes, which changes no number.
     """
     check_count("every", every, least=0)
     check_choice("communicate", communicate, COMMUNICATE)
@@ -77,8 +78,8 @@ def rand_k(
 def random_coordinates(density: Spec = 0.5, state_policy: StatePolicy = "freeze") -> Method:
     """Random coordinate descent: every entry is trained with probability `density`, independently in every step.
 
-    (dx, p) = (0, Bernoulli). Nesterov 2012 with many coordinates at once. No extra pass, no memory but the mask; 16 random
-    bits per entry. Known: no cheaper than a full step, since backward computes every gradient.
+    (dx, p) = (0, Bernoulli). Nesterov 2012 with many coordinates at once. No extra pass, no memory but the mask; 16
+    random bits per entry. Known: no cheaper than a full step, since backward computes every gradient.
     """
     return both(RandomCoordinates(density_value(density)), state_policy)
 
@@ -110,9 +111,9 @@ def magnitude(density: Spec = 0.1, scope: Scope = "tensor", largest: bool = True
 def fisher(density: Spec = 0.005, batches: int = 32, scope: Scope = "global") -> Method:
     """FISH mask: trains the entries with the most Fisher information, found in the first `batches` updates.
 
-    (dx, p) = (0, fixed m). Sung, Nair, Raffel 2021 (0.5 %; 1,024 examples). No extra pass: the first `batches` updates move
-    nothing; memory: one copy of the gradients then, the mask after; saved in checkpoints. Deviation: squared gradients
-    of batches, not of examples; the learning-rate schedule runs during the first updates.
+    (dx, p) = (0, fixed m). Sung, Nair, Raffel 2021 (0.5 %; 1,024 examples). No extra pass: the first `batches` updates
+    move nothing; memory: one copy of the gradients then, the mask after; saved in checkpoints. Deviation: squared
+    gradients of batches, not of examples; the learning-rate schedule runs during the first updates.
     """
     check_count("batches", batches)
     check_choice("scope", scope, ("tensor", "global"))

@@ -15,9 +15,10 @@ _ZHU_GUPTA = {"name": "cubic", "start": 1.0, "end": 0.1, "begin": 0.1, "until": 
 def gmp(density: Spec | None = None, scope: Scope = "tensor", target: str | None = None) -> Method:
     """Gradual magnitude pruning: the smallest weights become zero, ever more of them; the saved model is sparse.
 
-    (dx, p) = (-(1 - m) x, m). Zhu and Gupta 2017: `density` falls as a cubic, by default from 1 to 0.1 between 10 % and 70 %
-    of the run, every 10 steps. No extra pass; memory: the mask, saved in checkpoints. `target`: a regular expression
-    for whole names; by default the matrices of layers. Deviation: pruned weights are set to zero, so none comes back.
+    (dx, p) = (-(1 - m) x, m). Zhu and Gupta 2017: `density` falls as a cubic, by default from 1 to 0.1 between 10 %
+    and 70 % of the run, every 10 steps. No extra pass; memory: the mask, saved in checkpoints. `target`: a regular
+    expression for whole names; by default the matrices of layers. Deviation: pruned weights are set to zero, so none
+    comes back.
     """
     check_choice("scope", scope, ("tensor", "global"))
     check_pattern(target, "target")
@@ -49,10 +50,10 @@ def rigl(
 ) -> Method:
     """RigL: sparse from the beginning; the smallest weights give way to those with the largest gradients.
 
-    (dx, p) = (-(1 - m) x, m). Evci et al. 2020: every 100 steps until 3/4 of the run, `drop` a cosine from 0.3 to 0, Erdős-Rényi
-    densities. No extra pass, dense gradients; memory: the mask, saved in checkpoints. The saved model is sparse. Known:
-    needs longer training than a dense network; no faster here, since products stay dense. Deviation: the step that
-    changes the mask also trains, under the new one. `target` as of gmp.
+    (dx, p) = (-(1 - m) x, m). Evci et al. 2020: every 100 steps until 3/4 of the run, `drop` a cosine from 0.3 to 0,
+    Erdős-Rényi densities. No extra pass, dense gradients; memory: the mask, saved in checkpoints. The saved model is
+    sparse. Known: needs longer training than a dense network; no faster here, since products stay dense. Deviation:
+    the step that changes the mask also trains, under the new one. `target` as of gmp.
     """
     return _dynamic(density, _EVCI if drop is None else drop, "gradient", every, until, distribution, target)
 
@@ -67,7 +68,7 @@ def set_(
 ) -> Method:
     """SET: sparse from the beginning; the smallest weights give way to random ones.
 
-    (dx, p) = (-(1 - m) x, m). Mocanu et al. 2018 (a constant share of 0.3, after every epoch; here every `every` steps).
-    Otherwise as rigl, which finds better masks at the same cost. Deviation: grown weights start at zero.
+    (dx, p) = (-(1 - m) x, m). Mocanu et al. 2018 (a constant share of 0.3, after every epoch; here every `every`
+    steps). Otherwise as rigl, which finds better masks at the same cost. Deviation: grown weights start at zero.
     """
     return _dynamic(density, drop, "random", every, until, distribution, target)

@@ -14,8 +14,8 @@ def matrices(parameters: Mapping[str, torch.Tensor], pattern: str | None) -> dic
     chosen = {n: p for n, p in parameters.items() if p.ndim >= 2 and (pattern is None or re.search(pattern, n))}
     if not chosen and parameters:
         raise ValueError(
-            f"got pattern={pattern!r}; needs one found in the name of a trained matrix, such as {sorted(parameters)[0]!r}, "
-            "because nothing would be displaced; set it in --method_config"
+            f"got pattern={pattern!r}; needs one found in the name of a trained matrix, such as "
+            f"{sorted(parameters)[0]!r}, because nothing would be displaced; set it in --method_config"
         )
     return chosen
 

@@ -17,7 +17,8 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass
 class DropConnect:
-    """x + dx = m (.) x / keep with m Bernoulli(keep), drawn anew in every update; `mask` is the p = m that goes with it.
+    """x + dx = m (.) x / keep with m Bernoulli(keep), drawn anew in every update; `mask` is the p = m that goes with
+    it.
 
     Args:
         keep: probability in (0, 1] that an entry stays, or its schedule.
@@ -46,8 +47,8 @@ class DropConnect:
         self._drawn_for: tuple[int, int, int] | None = None
         if self.structure not in ("entries", "inputs"):
             raise ValueError(
-                f"got structure={self.structure!r}; needs 'entries' or 'inputs', because one of these is dropped together; set it in "
-                "--method_config"
+                f"got structure={self.structure!r}; needs 'entries' or 'inputs', because one of these is dropped "
+                "together; set it in --method_config"
             )
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:

@@ -25,7 +25,8 @@ class Gaussian:
     Source: Orvieto, Kersting, Proske, Bach, Lucchi, "Anticorrelated Noise Injection for Improved Generalization",
     ICML 2022.
 
-    Deviation: there the noise stays in the iterate, x[t+1] = x[t] - h g(x[t]) + xi[t+1] - xi[t]; here it is taken out again.
+    Deviation: there the noise stays in the iterate, x[t+1] = x[t] - h g(x[t]) + xi[t+1] - xi[t]; here it is taken out
+        again.
     """
 
     sigma: Spec = 0.01

@@ -18,19 +18,20 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass
 class LayerDrop:
-    """In each update every block is left out with probability 1 - keep: its output is its input; `mask` is the p = 0 there.
+    """In each update every block is left out with probability 1 - keep: its output is its input; `mask` is the p = 0
+    there.
 
-    As dx that is -x on the block's linear maps where the norm stands before them; where it stands after (BERT), that norm is
-    left out too. Blocks are the entries of the network's lists of layers. Where a block returns more than its states
-    (T5), the first of a list is always run, since it makes what the others pass on.
+    As dx that is -x on the block's linear maps where the norm stands before them; where it stands after (BERT), that
+    norm is left out too. Blocks are the entries of the network's lists of layers. Where a block returns more than its
+    states (T5), the first of a list is always run, since it makes what the others pass on.
 
     Args:
         keep: probability in (0, 1] that a block stays, or its schedule.
 
     Cost: none; an update takes the share `keep` of the blocks' time.
 
-    Source: Fan, Grave, Joulin, "Reducing Transformer Depth on Demand with Structured Dropout", ICLR 2020; as stochastic
-    depth: Huang, Sun, Liu, Sedra, Weinberger, ECCV 2016.
+    Source: Fan, Grave, Joulin, "Reducing Transformer Depth on Demand with Structured Dropout", ICLR 2020; as
+    stochastic depth: Huang, Sun, Liu, Sedra, Weinberger, ECCV 2016.
 
     Deviations: one draw per update; a kept block is not rescaled, as in LayerDrop.
 
@@ -51,8 +52,8 @@ class LayerDrop:
         blocks = blocks_of(network)
         if len(_first_of_many(blocks)) == len(blocks):
             raise ValueError(
-                f"got layer_drop for the blocks {sorted(blocks)}, each the first of its list; needs longer lists, because a first block "
-                "makes what the others pass on; set another --method"
+                f"got layer_drop for the blocks {sorted(blocks)}, each the first of its list; needs longer lists, "
+                "because a first block makes what the others pass on; set another --method"
             )
 
     @contextmanager
@@ -104,8 +105,8 @@ def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
     found = {path: modules[path] for path in paths if isinstance(modules[path.rpartition(".")[0]], nn.ModuleList)}
     if not found:
         raise ValueError(
-            "got a model without a numbered block (such as layers.0); needs some, because blocks are what is dropped; use "
-            "drop_connect"
+            "got a model without a numbered block (such as layers.0); needs some, because blocks are what is dropped; "
+            "use drop_connect"
         )
     return found
 

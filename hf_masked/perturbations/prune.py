@@ -29,8 +29,9 @@ class Prune:
     Cost: one copy of the matrices, and with scope "global" one more while the threshold is found; with `every` > 1 the
     mask, one byte per entry, in checkpoints too.
 
-    Source: Lin, Stich, Barba, Dmitriev, Jaggi, "Dynamic Model Pruning with Feedback", ICLR 2020, equation 4 and algorithm 1; n:m:
-    Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
+    Source: Lin, Stich, Barba, Dmitriev, Jaggi, "Dynamic Model Pruning with Feedback", ICLR 2020, equation 4 and
+    algorithm 1; n:m: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR
+    2021.
 
     Deviation: with n:m there is no SR-STE decay.
 
@@ -49,23 +50,23 @@ class Prune:
         check_pattern(self.pattern)
         if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
             raise ValueError(
-                f"got every={self.every!r}; needs an integer >= 1, because it counts the update steps that a choice holds for; set "
-                "it in --method_config"
+                f"got every={self.every!r}; needs an integer >= 1, because it counts the update steps that a choice "
+                "holds for; set it in --method_config"
             )
         self._masks: dict[str, torch.Tensor] = {}
         self._turn: int | None = None
         if self.scope not in ("global", "tensor"):
             raise ValueError(
-                f"got scope={self.scope!r}; needs 'global' or 'tensor', because magnitudes are compared over all matrices or in "
-                "each; set it in --method_config"
+                f"got scope={self.scope!r}; needs 'global' or 'tensor', because magnitudes are compared over all "
+                "matrices or in each; set it in --method_config"
             )
         groups = re.fullmatch(r"(\d+):(\d+)", self.structure)
         self._groups = (int(groups[1]), int(groups[2])) if groups else None
         whole = self.structure in ("entries", "rows")
         if not whole and (self._groups is None or not 0 < self._groups[0] < self._groups[1]):
             raise ValueError(
-                f"got structure={self.structure!r}; needs 'entries', 'rows', or n:m with 0 < n < m such as '2:4', because one of "
-                "these is what is zero together; set it in --method_config"
+                f"got structure={self.structure!r}; needs 'entries', 'rows', or n:m with 0 < n < m such as '2:4', "
+                "because one of these is what is zero together; set it in --method_config"
             )
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
@@ -83,8 +84,9 @@ class Prune:
         for name, p in found.items():
             if p.shape[1:].numel() % length:
                 raise ValueError(
-                    f"got structure={self.structure!r} for {name} of shape {tuple(p.shape)}; needs rows whose length {length} "
-                    "divides, because groups do not span rows; set pattern in --method_config to leave it out"
+                    f"got structure={self.structure!r} for {name} of shape {tuple(p.shape)}; needs rows whose length "
+                    f"{length} divides, because groups do not span rows; set pattern in --method_config to leave it "
+                    "out"
                 )
         return found
 

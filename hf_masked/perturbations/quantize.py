@@ -58,8 +58,8 @@ class Quantize:
 
     Cost: one copy of the matrices, and a few tensors of the largest one's size, per microbatch.
 
-    Source: Courbariaux, Bengio, David, "BinaryConnect", NIPS 2015, with the scale of Rastegari et al., "XNOR-Net", ECCV
-    2016; ternary: Li, Zhang, Liu, "Ternary Weight Networks", 2016; integers: Jacob et al., CVPR 2018, symmetric.
+    Source: Courbariaux, Bengio, David, "BinaryConnect", NIPS 2015, with the scale of Rastegari et al., "XNOR-Net",
+    ECCV 2016; ternary: Li, Zhang, Liu, "Ternary Weight Networks", 2016; integers: Jacob et al., CVPR 2018, symmetric.
 
     Deviations: x is not clipped to [-1, 1] as in BinaryConnect; activations are not quantized. Integers are torch's
     fake_quantize, written out for float64.
@@ -73,8 +73,8 @@ class Quantize:
         check_pattern(self.pattern)
         if self.to not in QUANTIZERS:
             raise ValueError(
-                f"got to={self.to!r}; needs one of {sorted(QUANTIZERS)}, because forward and backward run with that; set it in "
-                "--method_config"
+                f"got to={self.to!r}; needs one of {sorted(QUANTIZERS)}, because forward and backward run with that; "
+                "set it in --method_config"
             )
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:

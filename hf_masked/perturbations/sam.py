@@ -26,7 +26,8 @@ class Sam:
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization", ICLR 2021, equation 2 with p = 2.
 
     Deviation: g is the gradient of one microbatch on one process (its m-sharpness, section 4.1), so the
-    accumulation split and the number of processes change dx. Of a sharded model it is that of one microbatch on all processes.
+    accumulation split and the number of processes change dx. Of a sharded model it is that of one microbatch on all
+    processes.
 
     >>> Sam(0.5)(StepInfo(0, 1), {}, {"w": torch.tensor([3.0, 4.0])})["w"].tolist()
     [0.30000001192092896, 0.4000000059604645]

@@ -46,7 +46,8 @@ class Stale:
         return {name: past.to(parameters[name]) - parameters[name] for name, past in self._past[0].items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The parameters of the last updates, as <updates ago>.<name>; those of the last one are the model's own past."""
+        """The parameters of the last updates, as <updates ago>.<name>; those of the last one are the model's own
+        past."""
         return {f"{i}.{name}": p for i, past in enumerate(reversed(self._past)) for name, p in past.items()}
 
     def load_state_dict(self, state: Tensors) -> None:

@@ -14,23 +14,24 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass
 class Subnets:
-    """dx = -x outside of a worker's part, p = 1 inside of it: the units of every layer are dealt out to `parts` workers.
+    """dx = -x outside of a worker's part, p = 1 inside of it: the units of every layer are dealt out to `parts`
+    workers.
 
-    Every process is a worker; units are dealt out anew every `every` update steps. In one process the workers take turns: worker
-    (t // every) mod parts trains in update step t; when all had a turn, the units are dealt out anew. What is not of a
-    unit (embeddings, norms, biases of outputs) belongs to every part.
+    Every process is a worker; units are dealt out anew every `every` update steps. In one process the workers take
+    turns: worker (t // every) mod parts trains in update step t; when all had a turn, the units are dealt out anew.
+    What is not of a unit (embeddings, norms, biases of outputs) belongs to every part.
 
     Args:
         parts: workers, >= 2; None: as many as there are processes, two where there is one.
         every: update steps of a turn, >= 1.
 
-    Raises: ValueError, when bound to a model that has no unit to deal out, or fewer in a layer than parts; and to several
-        processes that are not as many as parts.
+    Raises: ValueError, when bound to a model that has no unit to deal out, or fewer in a layer than parts; and to
+        several processes that are not as many as parts.
 
     Cost: one copy of the partitioned tensors per microbatch; what is switched off is multiplied as zeros.
 
-    Source: Yuan, Wolfe, Dun, Tang, Kyrillidis, Jermaine, "Distributed Learning of Fully Connected Neural Networks using
-    Independent Subnet Training", 2019.
+    Source: Yuan, Wolfe, Dun, Tang, Kyrillidis, Jermaine, "Distributed Learning of Fully Connected Neural Networks
+    using Independent Subnet Training", 2019.
     """
 
     parts: int | None = None
@@ -40,20 +41,22 @@ class Subnets:
     _process: int | None = None
 
     def bind(self, model: PreTrainedModel, process: int = 0, processes: int = 1) -> None:
-        """Find the units of the model that is trained, and the worker that this process is, where there are several."""
+        """Find the units of the model that is trained, and the worker that this process is, where there are
+        several."""
         self._process = process if processes > 1 else None
         if processes > 1 and self.parts not in (None, processes):
             raise ValueError(
-                f"got parts={self.parts} with {processes} processes; needs as many, because each trains one of them; leave it "
-                "out of --method_config"
+                f"got parts={self.parts} with {processes} processes; needs as many, because each trains one of them; "
+                "leave it out of --method_config"
             )
         self._cuts = unit_cuts(model)
         fewest = min((cut.units for cut in self._cuts), default=0)
         self._workers = self.parts or max(2, processes)
         if fewest < self._workers:
             raise ValueError(
-                f"got parts={self._workers} for layers of {fewest} units; needs at most as many as a layer has neurons and heads, "
-                "because a part without any would train nothing of its own; set it in --method_config"
+                f"got parts={self._workers} for layers of {fewest} units; needs at most as many as a layer has "
+                "neurons and heads, because a part without any would train nothing of its own; set it in "
+                "--method_config"
             )
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
