@@ -279,11 +279,13 @@ def main(argv: list[str]) -> None:
         "--clock": args.clock != "wall",
     }
     if training_args.wants_cores:
-        refuse_unread(given, "with a core", "drop it")
+        refuse_unread(given, "with a core", "no core")
         check_joint(args, training_args)
     else:
-        refuse_unread({} if args.methods else given, "without --methods", "set it")
-        refuse_unread({"--method": bool(args.methods and training_args.method)}, "beside --methods", "name it there")
+        refuse_unread({} if args.methods else given, "without --methods", "--methods")
+        refuse_unread(
+            {"--method": bool(args.methods and training_args.method)}, "beside --methods", "it as one of --methods"
+        )
         check_methods(args, training_args, ["--methods"] if args.methods else [])
     if training_args.core == LoraCoreConfig.kind:
         training_args.core_config = with_head(training_args.make_core_config())

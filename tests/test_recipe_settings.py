@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
     ),
     "methods with a core": (text_classification, [*WITH_CORE, "--methods", "sam"], r"--methods'\] with a core"),
     "clock with a core": (text_classification, [*WITH_CORE, "--clock", "processor"], r"--clock'\] with a core"),
-    "compared without": (text_classification, [*CLASSES, "--compare"], r"'--compare'\] without a core.*set --core"),
+    "compared without": (text_classification, [*CLASSES, "--compare"], r"'--compare'\] without a core; needs --core, because"),
     "method beside": (
         text_classification, [*CLASSES, "--methods", "sam", "--method", "top_k"], r"'--method'\] beside --methods"
     ),

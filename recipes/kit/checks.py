@@ -29,7 +29,7 @@ def check_joint(args: RecipeArguments, training_args: Any) -> None:
             "steps, with a core --num_train_epochs is not read; set --max_steps"
         )
     if not args.compare:
-        refuse_unread(_of_comparisons(args), "without --compare", "set it")
+        refuse_unread(_of_comparisons(args), "without --compare", "--compare")
     several = _several(args)
     compared = [*several, *(["--compare_learning_rate_scales"] if args.compare_learning_rate_scales else [])]
     cores = list(training_args.make_core_configs())
@@ -50,18 +50,18 @@ def check_methods(args: RecipeArguments, training_args: Any, several: Iterable[s
         "--compare": args.compare,
         "--compare_learning_rate_scales": bool(args.compare_learning_rate_scales),
     }
-    refuse_unread(compared, "without a core", "set --core")
+    refuse_unread(compared, "without a core", "--core")
     _check_start(training_args, [*several, *_several(args)])
 
 
-def refuse_unread(given: Mapping[str, bool], where: str, advice: str) -> None:
-    """Refuse the flags that are `given` and that no run reads that is as `where` says.
+def refuse_unread(given: Mapping[str, bool], where: str, needs: str) -> None:
+    """Refuse the flags that are `given` and that nothing reads in a run as `where` says.
 
     Raises: ValueError.
     """
     if said := [flag for flag, told in given.items() if told]:
         raise ValueError(
-            f"got {said} {where}; needs it otherwise, because nothing would read that; drop {said}, or {advice}"
+            f"got {said} {where}; needs {needs}, because nothing would read it here; set that, or drop {said}"
         )
 
 
