@@ -90,6 +90,10 @@ for row in [row for row in ARCHITECTURES if row.name in json.loads((folder / "na
 low_rank = {"core": "low_rank", "core_config": {"rank": 4}}
 trainer, sent = run(MaskedTrainer, tiny("gpt2"), **low_rank, schedule="alternate", gradient_accumulation_steps=2)
 told["accumulated"] = {"sent": sent["first"], "entries": entries(trainer.core_model.parameters())}
+eager = values(trainer.core_model)
+compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+trainer, sent = run(MaskedTrainer, tiny("gpt2"), **low_rank, schedule="alternate", gradient_accumulation_steps=2, **compiled)
+told["compiled"] = {"sent": sent["first"], "same": all(torch.equal(v, eager[n]) for n, v in values(trainer.core_model).items())}
 trainer, sent = run(MaskedTrainer, tiny("gpt2"), **low_rank, schedule=ride, ddp_find_unused_parameters=True)
 told["asked"] = {"looks": uncompiled(trainer._core.wrapped).find_unused_parameters, "core": sent["rides"],
                  "tensors": len(list(trainer.core_model.parameters()))}
@@ -106,7 +110,7 @@ for rung in (*core.nested.values(), None):
         told["rung_sizes"].append(entries(core.model.parameters()))
 
 # at both sizes, which are wrapped one by one
-run(MaskedTrainer, ARCHITECTURES[0].build(n_layer=3), step=3, core="depth", core_config=config, schedule=ride, bf16=True)
+run(MaskedTrainer, ARCHITECTURES[0].build(n_layer=3), step=3, core="depth", core_config=config, schedule=ride, bf16=True, gradient_checkpointing=True)
 bart = next(row for row in ARCHITECTURES if row.name == "bart")
 data = [{n: v[i] for n, v in bart.inputs(8).items()} for i in range(8)]
 trainer, _ = run(MaskedTrainer, bart.build(encoder_layerdrop=0.5), data, step=3, core="depth", core_config={"keep": [0]}, schedule=ride, **same)
@@ -251,6 +255,11 @@ def test_where_blocks_are_dropped_at_random_unused_ones_are_looked_for(folder: P
 def test_microbatches_are_reduced_once(folder: Path) -> None:
     run = told(folder)["accumulated"]
     assert run["sent"].count(run["entries"]) == 1 and gradients(run["sent"]) < 1.05 * run["entries"]
+
+
+def test_a_compiled_core_sends_and_learns_the_same(folder: Path) -> None:
+    run = told(folder)
+    assert run["compiled"] == {"sent": run["accumulated"]["sent"], "same": True}
 
 
 def test_what_the_user_says_is_done(folder: Path) -> None:
