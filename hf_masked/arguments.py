@@ -112,7 +112,8 @@ class MaskedArgumentsMixin:
         metadata={
             "help": "Every how many update steps to measure what the update keeps of the gradient (captured energy, "
             "drift ratio, alignment, relative perturbation, coverage, core-full gap), with one more forward and "
-            "backward, and with several processes the bytes of gradients that each network reduced; summarised in diagnostics.json and diagnostics.png (needs matplotlib). 0: never."
+            "backward, and with several processes the bytes of gradients that each network reduced; "
+            "summarised in diagnostics.json and diagnostics.png (needs matplotlib). 0: never."
         },
     )
     audit: bool = field(
