@@ -85,7 +85,7 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
     Cost: one search through each partly masked tensor, and a copy of those of its entries, and with "freeze" of their
         state, that are fewer: the kept ones, which are then stepped apart, or the held ones, which are put back; the
         held ones in any case where an optimizer moves entries by what else is in their tensor (ELEMENTWISE lists those
-        that do not).
+        that do not). Of a sparse network's tensors neither: what is held is made zero.
 
     Raises: ValueError for "freeze" or "reset" of single entries whose state is not per entry (Adafactor's).
     """
@@ -105,6 +105,12 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
         place_state(optimizer, parameters.values(), resting=set(wholly))
     with ExitStack() as around, torch.no_grad():
         moving = {p: own_part(kept.expand(p.shape)) for p, kept in partly.items() if p.grad is not None}
+        if wanted.zero and type(optimizer) in KEEP_ZERO:
+            # stepped as a whole, as in later steps that hold nothing, or after a resumption: a kernel rounds an entry
+            # by its place
+            for parameter, kept in moving.items():
+                around.callback(_zero, optimizer, parameter, kept)
+            moving = {}
         elementwise = policy != "decay" and type(optimizer) in ELEMENTWISE
         # a part cannot be a vector in its tensor's place
         whole = [elementwise and own_part(p) is p and p.is_contiguous() for p in moving]
@@ -115,6 +121,12 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
             around.callback(step(optimizer, parameter, at, policy, room))
         around.enter_context(_scaled_rates(optimizer, wanted))
         yield
+
+
+def _zero(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch.Tensor) -> None:
+    """Make zero, and its state, what is not kept."""
+    for now in entries_of(optimizer, parameter, with_state=True).values():
+        now.masked_fill_(~kept, 0.0)
 
 
 def _held(

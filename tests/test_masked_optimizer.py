@@ -150,8 +150,11 @@ def test_state_that_begins_under_a_mask_is_zero_elsewhere(name: str, policy: str
 ZEROS = ["AdamW foreach", "AdamW fused", "AdamW amsgrad", "SGD", "SGD momentum", "Adagrad"]
 
 
-def sparse(make: Any, masked_gradients: bool = True, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Six steps of a sparse tensor whose mask changes after three, as `apply.py` makes them."""
+def sparse(
+    make: Any, masked_gradients: bool = True, renewed: bool = False, **options: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Six steps of a sparse tensor whose mask changes after three, as `apply.py` makes them; `renewed` before every step, as on
+    resuming."""
     parameter = nn.Parameter(gradient(99, torch.float32))
     optimizer = make([parameter])
     steps = MaskedSteps(optimizer)
@@ -161,8 +164,18 @@ def sparse(make: Any, masked_gradients: bool = True, **options: Any) -> tuple[to
         parameter.data.masked_fill_(~mask, 0.0)
         parameter.grad = gradient(t, torch.float32) * (mask if masked_gradients else 1.0)
         steps.obey(StepMask({"w": parameter}, {"w": mask}, "reset", **options))
+        if renewed:
+            steps.renew()
         optimizer.step()
     return parameter.detach(), entries(optimizer, parameter)
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_zeros_that_are_held_anew_change_no_bit(name: str) -> None:
+    """So a run that is resumed between two changes of its mask ends as one that is not."""
+    (left, after), (renewed, again) = (sparse(OPTIMIZERS[name], zero=True, renewed=r) for r in (False, True))
+    assert same_bits(left, renewed).all()
+    assert all(same_bits(after[key], again[key]).all() for key in after)
 
 
 @pytest.mark.parametrize("name", ZEROS)
