@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from kit.arguments import RecipeArguments, parse
 from kit.cache import prepared
-from kit.checks import check_joint
+from kit.checks import check_joint, of_new_models, refuse_unread
 from kit.corpus import corpus_key, docstring_corpus
 from kit.processes import run_main
 from kit.run import run_recipe
@@ -77,11 +77,8 @@ class CausalArguments(RecipeArguments):
                 f"got block_size={self.block_size}; needs at least 2, because a decoder learns from the next token; "
                 "set --block_size"
             )
-        if self.model_name_or_path and self.model_config:
-            raise ValueError(
-                "got both model_name_or_path and model_config; needs one of them, because a pretrained model "
-                "brings its own config; drop --model_config"
-            )
+        if self.model_name_or_path:
+            refuse_unread(of_new_models(self), "with --model_name_or_path", "no pretrained model")
 
 
 def load_text(args: CausalArguments) -> DatasetDict:

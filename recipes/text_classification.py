@@ -18,7 +18,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from kit.arguments import RecipeArguments, parse
 from kit.cache import prepared
-from kit.checks import check_joint, check_methods, refuse_unread
+from kit.checks import check_joint, check_methods, of_new_models, refuse_unread
 from kit.methods import CLOCKS, run_alone, run_methods
 from kit.processes import run_main
 from kit.run import run_recipe
@@ -108,6 +108,7 @@ class ClassificationArguments(RecipeArguments):
                 raise ValueError(
                     f"got no {name}; needs one, because a pretrained encoder is fine-tuned on labelled texts; set --{name}"
                 )
+        refuse_unread(of_new_models(self), "with --model_name_or_path", "no pretrained model")
         if unknown := sorted(set(self.methods or ()) - set(METHODS)):
             raise ValueError(f"got methods {unknown}; needs some of {sorted(METHODS)}; set --methods")
         glue = (

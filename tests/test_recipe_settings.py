@@ -90,6 +90,15 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "method beside": (
         text_classification, [*CLASSES, "--methods", "sam", "--method", "top_k"], r"'--method'\] beside --methods"
     ),
+    "vocabulary of a pretrained decoder": (
+        causal_lm, ["--model_name_or_path", "nowhere", "--vocab_size", "400"], r"'--vocab_size'\] with --model_name_or_path"
+    ),
+    "type of a pretrained decoder": (
+        causal_lm, ["--model_name_or_path", "nowhere", "--model_type", "gpt2"], r"'--model_type'\] with --model_name_or_path"
+    ),
+    "config of a pretrained encoder": (
+        text_classification, [*CLASSES, "--model_config", json.dumps(TINY)], r"'--model_config'\] with --model_name_or_path"
+    ),
     "options of no method": (
         text_classification, [*CLASSES, "--methods", "sam", "--method_config", '{"rho": 0.1}'],
         "got method_config=.*without method.*--method_configs",

@@ -291,6 +291,12 @@ def test_runs_side_by_side_prepare_their_data_once(tmp_path: Path) -> None:
     assert [splits["train"]["text"][:] for splits, _ in found] == [["a b"]] * 3
     prepared(build, {"of": "another"}, str(tmp_path))
     assert len(built) == 2
+    for lock in tmp_path.glob("*.lock"):
+        lock.unlink()
+    prepared(build, {"of": "one kind"}, str(tmp_path))
+    assert len(built) == 2 and not list(tmp_path.glob("*.lock")), (
+        "nothing is written beside what is there, which may be read only"
+    )
 
 
 def test_tokenizer_round_trip_and_packing() -> None:

@@ -32,13 +32,15 @@ def _prepared(build: Callable[[], Prepared], key: dict[str, Any], cache_dir: str
     root = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hf_masked_recipes")
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder = root / name
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{name}.lock"):
-        if not folder.is_dir():
-            print("Preparing the data (a later run finds it in the cache) ...", flush=True)
-            splits, tokenizer = build()
-            partial = Path(tempfile.mkdtemp(prefix=f"{name}-partial-", dir=root))
-            splits.save_to_disk(partial / "splits")
-            tokenizer.save_pretrained(partial / "tokenizer")
-            partial.rename(folder)
+    # what is there is read without a lock, which a folder that may only be read has no room for
+    if not folder.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{name}.lock"):
+            if not folder.is_dir():  # nor has another run made it meanwhile
+                print("Preparing the data (a later run finds it in the cache) ...", flush=True)
+                splits, tokenizer = build()
+                partial = Path(tempfile.mkdtemp(prefix=f"{name}-partial-", dir=root))
+                splits.save_to_disk(partial / "splits")
+                tokenizer.save_pretrained(partial / "tokenizer")
+                partial.rename(folder)
     return load_from_disk(folder / "splits"), AutoTokenizer.from_pretrained(folder / "tokenizer")

@@ -65,6 +65,15 @@ def refuse_unread(given: Mapping[str, bool], where: str, needs: str) -> None:
         )
 
 
+def of_new_models(args: RecipeArguments) -> dict[str, bool]:
+    """The flags of a model, and of a tokenizer, that are made anew, and which of them were given."""
+    return {
+        "--vocab_size": args.vocab_size != RecipeArguments.vocab_size,
+        "--model_type": args.model_type is not None,
+        "--model_config": args.model_config is not None,
+    }
+
+
 def _of_comparisons(args: RecipeArguments) -> dict[str, bool]:
     weight = args.compare_distill_weight
     return {
