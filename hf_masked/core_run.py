@@ -12,7 +12,8 @@ from .named_cores import share_of
 from .optimization import Stepper
 from .plan import Plan, within_core
 from .replay import Batch, ReplayBuffer
-from .types import Phase, StepInfo
+from .schedules import CoreOnly, FullOnly, Sum
+from .types import Phase, Schedule, StepInfo
 
 if TYPE_CHECKING:
     from .core_reduction import ReducedCore
@@ -128,6 +129,12 @@ def make_runs(cores: dict[str, Core], plan: Plan | None, args: Any) -> tuple[Pla
         scale = said.get("core_learning_rate_scale", args.core_learning_rate_scale)
         runs.append(CoreRun(name=name, plan=within_core(own, core.update_mask()), learning_rate_scale=scale))
     return replace(common, core=runs[0].phase), runs
+
+
+def sharing(cores: dict[str, Core], schedule: Schedule) -> list[str]:
+    """Names of the cores that train the full network's own parameters in updates apart from its own."""
+    together = isinstance(schedule, FullOnly | Sum) or (isinstance(schedule, CoreOnly) and len(cores) == 1)
+    return [] if together else [name for name, core in cores.items() if core.config.coupling == "shared"]
 
 
 def _refuse_several(plan: Plan, given: bool, args: Any) -> None:

@@ -132,11 +132,12 @@ class DistributedMixin(JointHooks):
     def _take_reductions(self) -> None:
         """Hand the reduction of gradients over to the rules that have their own, now that the networks are wrapped."""
         rule, full = self.plan.full.perturbation, uncompiled(self.model_wrapped)
-        self._full_reduction = None if isinstance(rule, Subnets) else self._reduction_of(self.plan.full)
+        before = self._full_reduction
+        self._full_reduction = None if isinstance(rule, Subnets) else self._reduction_of(self.plan.full, full, before)
         if self._full_reduction is not None:
             self._full_reduction.attach(full, dict(self.model.named_parameters()), lambda: self._now().info)
         for run in self._cores:
-            run.reduction = self._reduction_of(run.phase)
+            run.reduction = self._reduction_of(run.phase, uncompiled(run.wrapped), run.reduction)
             if run.reduction is not None:
                 names = get_core(self.model, run.name).all_parameters()
                 run.reduction.attach(uncompiled(run.wrapped), names, lambda: self._now().info)
@@ -146,13 +147,20 @@ class DistributedMixin(JointHooks):
             inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             self._workers = SubnetWorkers(rule, full, self._trained(self.plan.full), inner)
 
-    def _reduction_of(self, phase: Phase) -> Reduction | None:
-        """What reduces a network's gradients in place of DistributedDataParallel, if anything has to."""
+    def _reduction_of(self, phase: Phase, network: Any, before: Reduction | None) -> Reduction | None:
+        """What reduces a network's gradients in place of DistributedDataParallel, if anything has to.
+
+        Args: `before`: what did in the last run, and goes on where the network is the same.
+        """
         if isinstance(phase.grad_mask, CompressedReduction):
             return phase.grad_mask
-        if known_in_backward(phase.grad_mask) and not isinstance(self.plan.schedule, Sum):
-            return TensorReduction(phase.grad_mask)
-        return TensorReduction() if getattr(self.args, "diagnostics_steps", 0) else None
+        whole = known_in_backward(phase.grad_mask) and not isinstance(self.plan.schedule, Sum)
+        rule = phase.grad_mask if whole else None
+        if isinstance(before, TensorReduction) and before.reduces(network):
+            before.begin(rule)
+            return before
+        diagnosed: int = getattr(self.args, "diagnostics_steps", 0)
+        return TensorReduction(rule) if whole or diagnosed else None
 
     def _reduced_bytes(self) -> dict[str, float]:
         """The bytes of gradients that the last update of each network has given to be reduced, where they are

@@ -103,26 +103,39 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
             partly[parameter] = torch.zeros_like(parameter, dtype=torch.bool)
     if wanted.offload_state:
         place_state(optimizer, parameters.values(), resting=set(wholly))
-    with ExitStack() as around, torch.no_grad():
-        moving = {p: own_part(kept.expand(p.shape)) for p, kept in partly.items() if p.grad is not None}
-        if wanted.zero and type(optimizer) in KEEP_ZERO:
-            # stepped as a whole, as in later steps that hold nothing, or after a resumption: a kernel rounds an entry
-            # by its place
-            for parameter, kept in moving.items():
-                around.callback(_zero, optimizer, parameter, kept)
-            moving = {}
-        elementwise = policy != "decay" and type(optimizer) in ELEMENTWISE
-        # a part cannot be a vector in its tensor's place
-        whole = [elementwise and own_part(p) is p and p.is_contiguous() for p in moving]
-        masks = [kept if alone else ~kept for kept, alone in zip(moving.values(), whole, strict=True)]
-        limits = [p.numel() * (FEW if alone else 1) for p, alone in zip(moving, whole, strict=True)]
-        for parameter, alone, (few, at) in zip(moving, whole, fewer_of(masks, limits), strict=True):
-            step = _only if alone and few else _held
-            around.callback(step(optimizer, parameter, at, policy, room))
-        around.enter_context(_scaled_rates(optimizer, wanted))
+    with ExitStack() as around:
+        _begin(around, optimizer, wanted, partly, room)
         yield
 
 
+@torch.no_grad()
+def _begin(
+    around: ExitStack,
+    optimizer: torch.optim.Optimizer,
+    wanted: StepMask,
+    partly: Mapping[nn.Parameter, torch.Tensor],
+    room: Room,
+) -> None:
+    """Make ready for the step of what is partly masked; `around` then has what follows it."""
+    moving = {p: own_part(kept.expand(p.shape)) for p, kept in partly.items() if p.grad is not None}
+    if wanted.zero and type(optimizer) in KEEP_ZERO:
+        # stepped as a whole, as in later steps that hold nothing, or after a resumption: a kernel rounds an entry
+        # by its place
+        for parameter, kept in moving.items():
+            around.callback(_zero, optimizer, parameter, kept)
+        moving = {}
+    elementwise = wanted.state_policy != "decay" and type(optimizer) in ELEMENTWISE
+    # a part cannot be a vector in its tensor's place
+    whole = [elementwise and own_part(p) is p and p.is_contiguous() for p in moving]
+    masks = [kept if alone else ~kept for kept, alone in zip(moving.values(), whole, strict=True)]
+    limits = [p.numel() * (FEW if alone else 1) for p, alone in zip(moving, whole, strict=True)]
+    for parameter, alone, (few, at) in zip(moving, whole, fewer_of(masks, limits), strict=True):
+        step = _only if alone and few else _held
+        around.callback(step(optimizer, parameter, at, wanted.state_policy, room))
+    around.enter_context(_scaled_rates(optimizer, wanted))
+
+
+@torch.no_grad()
 def _zero(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch.Tensor) -> None:
     """Make zero, and its state, what is not kept."""
     for now in entries_of(optimizer, parameter, with_state=True).values():
@@ -137,6 +150,7 @@ def _held(
         _put(own_part(parameter.grad), at, 0.0)
     before = room.take(parameter, entries_of(optimizer, parameter, policy == "freeze"), at)
 
+    @torch.no_grad()
     def put_back() -> None:
         for key, now in entries_of(optimizer, parameter, policy != "decay").items():
             _put(now, at, before.get(key, 0.0))
@@ -161,6 +175,7 @@ def _only(
     state.update(apart)
     known = set(state)
 
+    @torch.no_grad()
     def put_back() -> None:
         if state.keys() != known:
             stepped = entries_of(optimizer, parameter, with_state=True)
@@ -248,8 +263,10 @@ class MaskedSteps:
         self._held_zero: MaskValues = {}
         self._room = Room()
         self._open = ExitStack()
-        optimizer.register_step_pre_hook(self._enter)
-        optimizer.register_step_post_hook(lambda *_: self._open.close())
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._enter),
+            optimizer.register_step_post_hook(lambda *_: self.put_back()),
+        )
 
     def obey(self, wanted: StepMask | None) -> None:
         """From now on obey this mask; None lets every entry move."""
@@ -259,7 +276,18 @@ class MaskedSteps:
         """Take nothing that masks hold for zero any more: parameters were set anew."""
         self._held_zero = {}
 
+    def put_back(self) -> None:
+        """Put back what is held, where a step that raised has not; nothing happens elsewhere."""
+        self._open.close()
+
+    def remove(self) -> None:
+        """Leave the optimizer's steps alone from now on."""
+        self.put_back()
+        for hook in self._hooks:
+            hook.remove()
+
     def _enter(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.put_back()
         if self._wanted is not None:
             self._open.enter_context(masked_step(optimizer, self._to_hold(optimizer, self._wanted), self._room))
 

@@ -46,6 +46,7 @@ class PreparationMixin(JointHooks):
         if not self._joint:
             refuse_core_phases(self.plan, num_training_steps, getattr(self.args, "mask_seed", 0))
             self._mask_steps_of(self.optimizer)
+            self._begin_run(buffer=0)
             return super().create_scheduler(num_training_steps, *args, **kwargs)
         for run in self._cores:
             run.plan.validate(num_training_steps, self.args.mask_seed)
@@ -88,5 +89,7 @@ class PreparationMixin(JointHooks):
     def _mask_steps_of(self, *optimizers: Any) -> None:
         phases = [self.plan.full, *(run.phase for run in self._cores)]
         masked = any(phase.update_mask is not None for phase in phases)
+        for steps in self._masked_steps:  # of an earlier run, whose mask they would go on obeying
+            steps.remove()
         distinct = {id(o): getattr(o, "optimizer", o) for o in optimizers}
         self._masked_steps = [MaskedSteps(o) for o in distinct.values()] if masked else []

@@ -34,6 +34,10 @@ class Reduction:
         # of one network there may be several, one for each of its sizes
         self._networks: WeakSet[nn.Module] = WeakSet()
 
+    def reduces(self, network: Any) -> bool:
+        """Whether it is the hook of this network, which takes no other after it."""
+        return network in self._networks
+
     def attach(self, network: Any, names: Mapping[str, nn.Parameter], now: Callable[[], StepInfo]) -> None:
         """Reduce this network's gradients from now on; nothing happens where it is attached already, or not
         distributed.
@@ -42,7 +46,7 @@ class Reduction:
             names: parameters by the name that rules know them by.
             now: the update under way.
         """
-        if network in self._networks or not isinstance(network, DistributedDataParallel):
+        if self.reduces(network) or not isinstance(network, DistributedDataParallel):
             return
         self._networks.add(network)
         self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in names.items()}
@@ -73,8 +77,12 @@ class TensorReduction(Reduction):
 
     def __init__(self, rule: Mask | ParameterMask | None = None):
         super().__init__()
+        self.begin(rule)
+
+    def begin(self, rule: Mask | ParameterMask | None) -> None:
+        """Reduce by this rule from now on, in a run of which nothing is counted yet."""
         self.rule = rule
-        self.bytes_of_update = 0
+        self.bytes_sent = self.bytes_of_update = 0
         self._update: tuple[int, int] | None = None
         self._kept: Mapping[str, Any] = {}
 

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from .arguments import MaskedArgumentsMixin
 from .audit import Audit
-from .core_run import CoreRun, make_runs
+from .core_run import CoreRun, make_runs, sharing
 from .cores import Core, add_core, get_core, get_cores, has_core
 from .cores.attached import detach_cores, refuse_changed
 from .cores.modules import unwrap
@@ -160,12 +160,14 @@ class MaskedTrainerMixin(PreparationMixin, RidingMixin, DistributedMixin, JointR
             refuse_no_split(cores[run.name], run.plan.schedule)
             refuse_rungs(cores[run.name], run.plan, args)
         self.plan.check_parameters("full", self._trained(self.plan.full))
-        refuse_meaningless(self.plan.full, self._trained(self.plan.full), args)
+        shared = sharing(cores, self.plan.schedule)
+        refuse_meaningless(self.plan.full, self._trained(self.plan.full), args, shared)
         refuse_eval_names(self.eval_dataset, list(cores))
         for run in self._cores:
             with self._at_work_on(run):
                 self.plan.check_parameters("core", self._trained(run.phase))
-                refuse_meaningless(run.phase, self._trained(run.phase), args)
+                others = shared if run.name in shared else ()
+                refuse_meaningless(run.phase, self._trained(run.phase), args, others)
             if self.args.max_steps > 0:
                 run.plan.validate(self.args.max_steps, args.mask_seed)
                 refuse_late_splits(cores[run.name].config, self.args.max_steps)

@@ -41,6 +41,16 @@ class UpdateStepMixin(WatchedStepMixin):
             self._abandon_step()
             raise
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._run_epoch(*args, **kwargs)
+        except BaseException:
+            # a step that raised, after which Trainer may try again with a smaller batch
+            for steps in self._masked_steps:
+                steps.put_back()
+            self._abandon_step()
+            raise
+
     def _use(self, stepper: Stepper) -> None:
         """Let Trainer's loop step this network's optimizer and learning-rate schedule."""
         self.optimizer, self.lr_scheduler = stepper.optimizer, stepper.scheduler

@@ -220,6 +220,39 @@ def test_a_tensor_held_as_a_whole_costs_nothing(policy: str) -> None:
     assert int(optimizer.state[parameters["b"]]["step"]) == 3
 
 
+@pytest.mark.parametrize("density", DENSITIES)
+def test_a_step_that_raises_leaves_nothing_open(density: str) -> None:
+    """Gradients are taken as before, and what was put in a tensor's place is put back: at once where that is asked for, and
+    before the next step in any case."""
+
+    class Failing(torch.optim.AdamW):
+        fails = True
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            if self.fails:
+                raise MemoryError
+            super().step(closure)
+
+    mask, parameter = kept(density), nn.Parameter(gradient(99, torch.float32))
+    before, optimizer = parameter.detach().clone(), Failing([parameter], lr=0.1)
+    steps, parameter.grad = MaskedSteps(optimizer), gradient(0, torch.float32)
+    steps.obey(StepMask({"p": parameter}, {"p": mask}, rates={"p": 0.5}))
+    for put_back in (steps.put_back, lambda: None):
+        with pytest.raises(MemoryError):
+            optimizer.step()
+        assert torch.is_grad_enabled()
+        put_back()
+        assert same_bits(parameter, before).all() or put_back != steps.put_back
+    optimizer.fails = False
+    optimizer.step()
+    assert torch.is_grad_enabled()
+    assert torch.equal(~same_bits(parameter, before), mask)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+    steps.remove()
+    optimizer.step()
+    assert not same_bits(parameter, before)[~mask].any(), "obeys no more"
+
+
 def test_state_of_resting_tensors_lies_elsewhere() -> None:
     parameters, optimizer, _ = two()
     for p in parameters.values():

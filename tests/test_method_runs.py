@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from common import difference, fit, log, moved, tiny, values
+from common import arguments, difference, fit, log, moved, rows, tiny, values
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from hf_masked import DepthCoreConfig, MaskedTrainer, add_core, get_core
 from hf_masked.checksums import write_checksums
@@ -65,6 +66,44 @@ def test_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
     write_checksums(start)
     with pytest.raises(ValueError, match=r"method\.safetensors.*cannot be read.*--method"):
         run(tmp_path / "lost", name, start)
+
+
+AGAIN: dict[str, dict[str, Any]] = {
+    "badam": {"every": 1, "rest": "freeze"},
+    "rand_k": {"density": 0.3, "communicate": "compressed"},
+    "rigl": {"every": 2},
+    "random_coordinates": {},
+}
+
+
+@pytest.mark.parametrize("core", [None, "low_rank"])
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_trainer_trains_twice(name: str, core: str | None, tmp_path: Path) -> None:
+    """By the second run's masks alone; gradients are taken as before."""
+    options: dict[str, Any] = {"method": name, "method_config": AGAIN[name]}
+    if core is not None:
+        options |= {"core": core, "schedule": "alternate", "core_config": {"rank": 4}}
+    trainer = fit(tmp_path, tiny(), **options)
+    assert torch.is_grad_enabled()
+    before = values(trainer.model)
+    trainer.train()
+    assert torch.is_grad_enabled()
+    assert moved(before, trainer.model)
+
+
+@pytest.mark.parametrize("name", ["badam", "random_coordinates"])
+def test_a_second_run_is_that_of_another_trainer(name: str, tmp_path: Path) -> None:
+    """On the model and the optimizer's state that the first has left, in parameters and log."""
+    options: dict[str, Any] = {"method": name, "method_config": AGAIN[name]}
+    trainer = fit(tmp_path, tiny(), **options)
+    other = MaskedTrainer(copy.deepcopy(trainer.model), arguments(tmp_path, **options), train_dataset=rows())
+    other.create_optimizer()
+    other.optimizer.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
+    for again in (trainer, other):
+        set_seed(1)
+        again.train()
+    assert difference(values(trainer.model), values(other.model)) is None
+    assert difference(log(trainer), log(other)) is None
 
 
 def test_scalars_are_logged_when_they_change(tmp_path: Path) -> None:
@@ -194,6 +233,7 @@ def test_signs_are_taken_of_what_a_core_trains_in_its_layers(kind: str, tmp_path
 # --- refused before the first step -------------------------------------------------------------------------------------
 
 CORE = {"core": "low_rank", "core_config": {"rank": 4}}
+SHARED_DEPTH: dict[str, Any] = {"core": "depth", "core_config": {"coupling": "shared"}, "schedule": "alternate"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "adam"}, "method 'adam'.*one of.*--method"),
     ({"method": "top_k", "method_config": {"k": 3}}, "'k'.*density.*--method_config"),
@@ -213,7 +253,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "rigl", "method_config": {"distribution": "even"}}, "distribution='even'"),
     (
         {"method": "rigl"} | {"core": "low_rank", "core_config": {"rank": 4, "coupling": "shared"}},
-        "shared.*coupling free",
+        'shared.*coupling to "free"',
+    ),
+    *(
+        ({"method": method, "method_config": {"apply_to": of}, **SHARED_DEPTH}, 'shared.*coupling to "free"')
+        for method in ("gmp", "rigl", "set")
+        for of in ("full", "core")
     ),
     ({"method": "top_k", "optim": "adafactor"}, "adafactor.*decay.*--optim"),
     ({"method": "top_k", "optim": "adamw_bnb_8bit"}, "adamw_bnb_8bit.*decay.*--optim"),
@@ -230,6 +275,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_bad_options_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"(?s)got .*{message}"):
         fit(tmp_path, tiny(), **given)
+
+
+def test_a_sparse_method_beside_what_leaves_its_zeros_alone_is_not_refused(tmp_path: Path) -> None:
+    for changes in ({"core_config": {"coupling": "free"}}, {"schedule": "sum"}):
+        options = SHARED_DEPTH | changes | {"method_config": {"density": 0.2}}
+        model = fit(tmp_path, tiny(), method="rigl", max_steps=4, **options).model
+        assert any(p.ndim == 2 and (p == 0).float().mean() > 0.5 for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ runs = {
     "sam": {"method": "sam"},
     "drop_connect": {"method": "drop_connect", "method_config": {"keep": 0.7}},
     "badam": {"method": "badam", "method_config": {"every": 1}},
+    "again": {"method": "layer_drop", "method_config": {"keep": 0.5}},  # trained twice
     "lisa": {"method": "lisa", "method_config": {"every": 2, "blocks": 1}},
     "topk_ef": {"method": "topk_ef", "method_config": {"density": 0.1}},
 }
@@ -58,6 +59,8 @@ for name, options in runs.items():
     trainer = fit(folder / "run", architecture("gpt2").build(n_layer=3 if name == "depths" else 2).double(), **options, optim="sgd", learning_rate=0.05, max_steps=4,
                   **{} if several else {"gradient_accumulation_steps": 2} if name == "sam" else {"per_device_train_batch_size": 8}, ddp_backend="gloo" if several else None, use_cpu=not on_gpu,
                   trainer_options={"train_dataset": rows(16)})
+    if name == "again":
+        trainer.train()
     if trainer.is_world_process_zero():
         found = values(trainer.accelerator.unwrap_model(trainer.model))
         for core in get_cores(trainer.model).values():
@@ -81,7 +84,7 @@ PartialState().destroy_process_group()
 
 
 NAMES = [
-    "ride", "several", "turns", "activation", "ranks", "widths", "depths", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "lisa", "topk_ef",
+    "ride", "several", "turns", "activation", "ranks", "widths", "depths", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "again", "lisa", "topk_ef",
 ]  # fmt: skip
 
 

@@ -146,5 +146,13 @@ def test_what_would_take_the_ground_from_under_another_is_refused(tmp_path: Path
     with pytest.raises(ValueError, match=r"order='magnitude'.*\['thin'\].*needs to be the first"):
         add_core(model, WidthCoreConfig(coupling="shared", order="magnitude"), name="narrow")
     add_core(model, WidthCoreConfig(order="magnitude"), name="narrow")  # a copy, in an order of its own
+    for private in ("none", "all"):
+        model = add_core(tiny(), LowRankCoreConfig(rank=4, private=private), name="small")
+        narrow = WidthCoreConfig(coupling="shared", order="magnitude")
+        if private == "none":  # it reads the full network's biases by their place
+            with pytest.raises(ValueError, match=r"order='magnitude'.*\['small'\].*needs to be the first"):
+                add_core(model, narrow, name="narrow")
+        else:
+            add_core(model, narrow, name="narrow")
     with pytest.raises(ValueError, match=r"several cores with moments='shared'.*an optimizer of its own"):
         MaskedTrainer(made(), arguments(tmp_path, schedule="alternate", moments="shared"), train_dataset=rows())

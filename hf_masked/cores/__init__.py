@@ -213,12 +213,12 @@ def _refuse_beside(others: dict[str, Core], config: CoreConfig, name: str) -> No
             "of several, because a shared one has the full network's W written as B A + R, of which no other core can "
             "be made; set coupling"
         )
-    by_place = [other for other, core in others.items() if core.config.coupling == "shared"]
+    by_place = [other for other, core in others.items() if core.config.coupling == "shared" or core.frozen]
     order = getattr(config, "order", "first")
     if by_place and config.coupling == "shared" and order != "first":
         raise ValueError(
-            f"got order={order!r} for the core {name!r} beside {by_place} of coupling 'shared'; needs to be "
-            "the first of them, because it puts the full network's own weights in that order, of which the others "
+            f"got order={order!r} for the core {name!r} beside {by_place}, which share the full network's own "
+            "tensors; needs to be the first of them, because it puts those in that order, of which the others "
             "have parts by their place; name it before them"
         )
 

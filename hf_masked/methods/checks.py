@@ -1,6 +1,6 @@
 """What a phase's slots cannot be combined with, refused before any training."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ _NOT_PER_ENTRY = ("adafactor", "8bit", "galore", "apollo")
 _IN_BACKWARD = ("lomo", "layerwise")
 
 
-def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
+def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any, others: Collection[str] = ()) -> None:
     """Refuse slots that this model or these arguments give no meaning.
 
     Args:
         phase: whose slots.
         parameters: those it trains, by name.
         args: the training arguments.
+        others: names of the cores by which updates of another phase move the same parameters.
 
     Raises: ValueError.
     """
@@ -42,18 +43,21 @@ def refuse_meaningless(phase: Phase, parameters: Parameters, args: Any) -> None:
             targets(parameters, rule.target)
         if looks_at_names(rule):
             evaluate_mask(rule, parameters, StepInfo(0, max(1, args.max_steps), getattr(args, "mask_seed", 0)))
-    for applies, what, reason in _beside(phase, rules, parameters, args):
+    for applies, what, reason in _beside(phase, rules, parameters, args, others):
         if applies:
             raise ValueError(
                 f"got a mask on {phase.network} updates with {what}; needs a run without, because {reason}"
             )
 
 
-def _beside(phase: Phase, rules: list[Any], parameters: Parameters, args: Any) -> list[tuple[bool, str, str]]:
+def _beside(
+    phase: Phase, rules: list[Any], parameters: Parameters, args: Any, others: Collection[str]
+) -> list[tuple[bool, str, str]]:
     """(whether it is so, what is beside masks, why it cannot be)."""
     optimizer = str(getattr(args.optim, "value", args.optim))
     single = phase.update_mask is not None and not looks_at_names(phase.update_mask)
     fused = any(name in optimizer for name in _NOT_PER_ENTRY) and single and phase.state_policy != "decay"
+    sparse = any(hasattr(rule, "support") for rule in rules)
     return [
         (
             bool(rules) and any(name in optimizer for name in _IN_BACKWARD),
@@ -77,9 +81,15 @@ def _beside(phase: Phase, rules: list[Any], parameters: Parameters, args: Any) -
             "what is left out would be kept in units of a loss scale that changes, before it is taken out; set --bf16",
         ),
         (
-            any(hasattr(rule, "support") for rule in rules) and any(name.endswith(".R") for name in parameters),
+            sparse and any(name.endswith(".R") for name in parameters),
             'a core of coupling "shared"',
-            "zeros in A, B and R are none in W = B A + R; set coupling free in --core_config",
+            'zeros in A, B and R are none in W = B A + R; set coupling to "free" in --core_config',
+        ),
+        (
+            sparse and bool(others),
+            f'{[*others]} of coupling "shared"',
+            "entries that it holds at zero would be moved by the updates of another network that has them; set "
+            'coupling to "free" in --core_config',
         ),
     ]
 
