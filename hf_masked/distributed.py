@@ -1,7 +1,7 @@
 """What travels between processes when only part is trained: which gradients are reduced, and which pieces are put
 together."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from .tensor_reduction import Reduction, TensorReduction, keep_local, known_in_b
 from .types import Phase, StepInfo
 
 Tensors = Mapping[str, torch.Tensor]
+_MESSAGE_BYTES = 25 * 2**20  # as DistributedDataParallel's buckets
 
 
 class SubnetWorkers:
@@ -69,7 +70,7 @@ class SubnetWorkers:
                 if dealt := {name: tensor for name, tensor in tensors.items() if name in parts[0]}:
                     self._exchange(dealt, parts)
                 if common := [tensor for name, tensor in tensors.items() if name not in parts[0]]:
-                    self._average(common)
+                    average(common, self._group)
 
     def _kinds(self) -> Iterator[Tensors]:
         """The parameters, then each kind of their state."""
@@ -93,13 +94,31 @@ class SubnetWorkers:
             for tensor, kept, piece in zip(tensors.values(), mine, pieces, strict=True):
                 tensor[kept] = piece
 
-    def _average(self, tensors: list[torch.Tensor]) -> None:
-        """Let each be its mean over processes."""
-        mean = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(mean, group=self._group)
-        pieces = mean.div_(self._group.size()).split([tensor.numel() for tensor in tensors])
-        for tensor, piece in zip(tensors, pieces, strict=True):
+
+@torch.no_grad()
+def average(tensors: Iterable[torch.Tensor], group: Any = None) -> None:
+    """Let each of these be its mean over processes; to be called on all of them, with tensors of the same sizes.
+
+    Cost: one reduction of them, and memory for one message.
+    """
+    for some in _messages(tensors):
+        mean = torch.cat([tensor.flatten() for tensor in some])
+        dist.all_reduce(mean, group=group)
+        pieces = mean.div_(dist.get_world_size(group)).split([tensor.numel() for tensor in some])
+        for tensor, piece in zip(some, pieces, strict=True):
             tensor.copy_(piece.view_as(tensor))
+
+
+def _messages(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The same, in order, as many at a time as are of one type and fill a message."""
+    some: list[torch.Tensor] = []
+    for tensor in tensors:
+        if some and (tensor.dtype != some[0].dtype or sum(t.nbytes for t in some) + tensor.nbytes > _MESSAGE_BYTES):
+            yield some
+            some = []
+        some.append(tensor)
+    if some:
+        yield some
 
 
 @contextmanager

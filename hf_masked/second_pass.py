@@ -1,6 +1,7 @@
 """Perturbations that need a gradient of their own: one more forward and backward per microbatch, before the real one.
 
-per microbatch:  g1 = gradient at x        nothing accumulated, nothing communicated, random numbers put back
+per microbatch:  g1 = gradient at x        nothing accumulated, nothing reduced (unless a rule wants the mean over
+                                           processes), random numbers put back
                  dx = rule(x, g1)          x + dx in place
                  g2 = gradient at x + dx   the real pass: same batch, same dropout, accumulated and reduced
                  x                         by copy
@@ -21,9 +22,9 @@ from .apply import mask_gradients, rules_of
 from .cores import get_core, has_core
 from .displacement import Tensors, buffers_kept, displaced, gradients_apart
 from .distillation import Teaching
-from .distributed import nothing_sent
+from .distributed import average, nothing_sent
 from .forward_pass import ForwardPass, ForwardPassMixin
-from .parts import made_whole
+from .parts import made_whole, own_part
 from .perturbations.subnets import Subnets
 from .randomness import random_state_kept
 from .types import GradientPerturbation, Perturbation, Phase, StepInfo
@@ -91,6 +92,8 @@ class SecondPassMixin(ForwardPassMixin):
                 inputs = self._fresh_batch(info)
             under_way = ForwardPass(phase, network, teaching, first=True)
             gradients = self._first_gradient(model, inputs, num_items, under_way, self._trained(phase))
+            if getattr(rule, "all_processes", False) and self.accelerator.num_processes > 1:
+                gradients = _of_all_processes(gradients, self._trained(phase))
             given = partial(cast(GradientPerturbation, rule), info, gradients=gradients)
             del gradients
         if (measure := self._now().measure) is not None:
@@ -188,6 +191,15 @@ class SecondPassMixin(ForwardPassMixin):
         if not finite:
             parameters = self._trained(phase)
             mask_gradients(parameters, dict.fromkeys(parameters, False))
+
+
+def _of_all_processes(
+    gradients: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """The mean over processes, of which each may have used other parameters; a sharded model's is that already."""
+    found = {n: gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()}
+    average(g for g in found.values() if own_part(g) is g)
+    return found
 
 
 def refuse_phases(trainer: Any, phases: tuple[Phase, ...]) -> None:

@@ -1,18 +1,20 @@
 """Two processes are one process: the same global batch gives the same networks and the same log, to rounding.
 
 One process takes the two processes' batches of 4 as one of 8; under SAM as the microbatches of one update, since a first pass is
-made per process and per microbatch, with nothing communicated.
+made per process and per microbatch, with nothing communicated, unless it is told to be of all processes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from common import difference
 from safetensors.torch import load_file
+from test_running_statistics import build
 from two_processes import run_processes
 
 SCRIPT = """
@@ -47,6 +49,8 @@ runs = {
     "sum": core | {"schedule": "sum"},
     "random": core | {"schedule": "random", "mask_seed": 1},
     "sam": {"method": "sam"},
+    "sam_of_all": {"method": "sam", "method_config": {"all_processes": True}},
+    "sam_of_cores": core | {"schedule": ride, "method": "sam", "method_config": {"all_processes": True, "apply_to": "core"}},
     "drop_connect": {"method": "drop_connect", "method_config": {"keep": 0.7}},
     "badam": {"method": "badam", "method_config": {"every": 1}},
     "again": {"method": "layer_drop", "method_config": {"keep": 0.5}},  # trained twice
@@ -70,7 +74,9 @@ for name, options in runs.items():
         (folder / f"{key}.json").write_text(json.dumps(log(trainer)))
 if several and not on_gpu:  # a model with running statistics, which DistributedDataParallel sends before a pass
     rank = int(os.environ["RANK"])
-    for name, options in {"plain": {}, "displaced": {"method": "sam", "method_config": {"rho": 0.0}}}.items():
+    still = {"rho": 0.0}
+    methods = {"plain": {}, "displaced": {"method": "sam", "method_config": still}, "of_all": {"method": "sam", "method_config": still | {"all_processes": True}}}
+    for name, options in methods.items():
         model = build()
         args = arguments(folder / "run", max_steps=4, ddp_backend="gloo", remove_unused_columns=False, label_names=["target_values"], **options)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
@@ -84,7 +90,7 @@ PartialState().destroy_process_group()
 
 
 NAMES = [
-    "ride", "several", "turns", "activation", "ranks", "widths", "depths", "layer_drop", "alternate", "sum", "random", "sam", "drop_connect", "badam", "again", "lisa", "topk_ef",
+    "ride", "several", "turns", "activation", "ranks", "widths", "depths", "layer_drop", "alternate", "sum", "random", "sam", "sam_of_all", "sam_of_cores", "drop_connect", "badam", "again", "lisa", "topk_ef",
 ]  # fmt: skip
 
 
@@ -117,13 +123,27 @@ def test_two_processes_log_what_one_does(name: str, folder: Path) -> None:
     assert len({round(row["grad_norm"], 9) for row in one if "grad_norm" in row}) == 4
 
 
+def test_sam_of_each_process_is_another(folder: Path) -> None:
+    """Negative control of the equality above."""
+    own, of_all = (load_file(folder / f"{name}-2.safetensors") for name in ("sam", "sam_of_all"))
+    assert max(float((own[n] - of_all[n]).abs().max()) for n in own) > 1e-5
+
+
 def test_a_first_pass_sends_nothing_and_leaves_no_trace(folder: Path) -> None:
     """SAM with rho = 0 on either process: plain training's parameters, running statistics and messages, bit for bit."""
     found = {}
-    for name in ("plain", "displaced"):
+    for name in ("plain", "displaced", "of_all"):
         found[name] = [load_file(folder / f"{name}-of-{rank}.safetensors") for rank in (0, 1)]
         found[name].append(sorted(json.loads((folder / f"{name}-of-0.json").read_text())))
     assert difference(found["displaced"], found["plain"]) is None
+    *sent_of_all, messages = found["of_all"]
+    assert difference(sent_of_all, found["plain"][:2]) is None
+    all_reduced = [
+        [shapes[0] for kind, shapes in sent if kind == "gloo:all_reduce"] for sent in (messages, found["plain"][2])
+    ]
+    together, plain = (sum(math.prod(shape) for shape in shapes) for shapes in all_reduced)
+    trained = sum(p.numel() for p in build().parameters() if p.requires_grad)
+    assert together - plain == 4 * trained, "one more reduction in each of 4 updates, where it is asked for"
     unlike = {n for n, v in found["plain"][0].items() if not torch.equal(v, found["plain"][1][n])}
     assert unlike and all("running" in n for n in unlike), "negative control: statistics differ between processes"
 

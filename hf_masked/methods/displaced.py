@@ -11,37 +11,38 @@ from .base import Method, check_count
 # ---- two passes ----
 
 
-def sam(rho: Spec = 0.05) -> Method:
+def sam(rho: Spec = 0.05, all_processes: bool = False) -> Method:
     """Sharpness-aware minimization: descends with the gradient of the worst point within rho.
 
     (dx, p) = (rho g / |g|, 1). Foret et al. 2021 (rho = 0.05 for images; Bahri et al. 2022 use 0.15 for language
     models). Two passes per microbatch; memory: one copy of the parameters. Nothing saved. Known: no gain where a run
     sees its data once and underfits; twice the time of a step. Deviation: dx is made per microbatch and process (their
-    m-sharpness), so it depends on --gradient_accumulation_steps; the logged loss is that at x + dx. In bfloat16
-    parameters a small dx is rounded away: keep them in float32 and train with --bf16.
+    m-sharpness), so it depends on --gradient_accumulation_steps; with `all_processes` of the microbatches of all, for
+    one more reduction of the gradients, so that 2 processes of 4 examples are 1 of 8. The logged loss is that at
+    x + dx. In bfloat16 parameters a small dx is rounded away: keep them in float32 and train with --bf16.
     """
-    return Method(Sam(rho))
+    return Method(Sam(rho, all_processes))
 
 
-def asam(rho: Spec = 0.5, eta: Spec = 0.01) -> Method:
+def asam(rho: Spec = 0.5, eta: Spec = 0.01, all_processes: bool = False) -> Method:
     """Adaptive SAM: the radius follows each parameter's magnitude.
 
-    (dx, p) = (rho T^2 g / |T g| with T = |x| + eta, 1). Kwon et al. 2021 (rho = 0.5 to 1, eta = 0.01). Passes, memory
-    and what is known as of sam. Deviation: T is that of every parameter, biases and norms included.
+    (dx, p) = (rho T^2 g / |T g| with T = |x| + eta, 1). Kwon et al. 2021 (rho = 0.5 to 1, eta = 0.01). Passes, memory,
+    `all_processes` and what is known as of sam. Deviation: T is that of every parameter, biases and norms included.
     """
-    return Method(Asam(rho, eta))
+    return Method(Asam(rho, eta, all_processes))
 
 
-def extragradient(step_size: Spec | None = None, fresh_batch: bool = False) -> Method:
+def extragradient(step_size: Spec | None = None, fresh_batch: bool = False, all_processes: bool = False) -> Method:
     """Extragradient: descends with the gradient found one gradient step ahead.
 
     (dx, p) = (-h g(x), 1). Korpelevich 1976; `step_size` h is the learning rate by default; with `fresh_batch` the
     step ahead sees other examples, as stochastic mirror-prox does (Juditsky et al. 2011). Two passes per microbatch;
     memory: one copy of the parameters. Nothing saved. Known: made for games and saddle points; on a plain minimum it
     contracts less than gradient descent does. Deviation: the step ahead is a plain gradient step under any optimizer,
-    so with AdamW's small learning rates dx is small; per microbatch as sam.
+    so with AdamW's small learning rates dx is small; per microbatch and process, or `all_processes`, as sam.
     """
-    return Method(Extragradient(step_size, fresh_batch))
+    return Method(Extragradient(step_size, fresh_batch, all_processes))
 
 
 # ---- noise and delay ----

@@ -18,14 +18,16 @@ class Extragradient:
     Args:
         step_size: h >= 0, or its schedule; None: the learning rate of the update.
         fresh_batch: take g(x) on examples drawn anew, independent of those of the update.
+        all_processes: take g of one microbatch on all processes, not on each its own.
 
-    Cost: a second forward and backward, one copy of the trained parameters.
+    Cost: a second forward and backward, one copy of the trained parameters; with `all_processes` one more reduction
+        of their gradients.
 
     Source: Korpelevich, "The extragradient method for finding saddle points and other problems", 1976; with fresh
     batches, Juditsky, Nemirovski, Tauvel, "Solving variational inequalities with stochastic mirror-prox", 2011.
 
     Deviations: the step ahead is a plain gradient step whatever the optimizer is, and g is the gradient of one
-    microbatch on one process; with h the learning rate that of the first parameter group.
+    microbatch, on one process without `all_processes`; with h the learning rate that of the first parameter group.
 
     >>> Extragradient(0.5)(StepInfo(0, 1), {}, {"w": torch.tensor([2.0])})["w"].item()
     -1.0
@@ -33,6 +35,7 @@ class Extragradient:
 
     step_size: Spec | None = None
     fresh_batch: bool = False
+    all_processes: bool = False
     needs_gradient = True
     on_parts = True
 

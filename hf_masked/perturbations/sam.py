@@ -20,20 +20,23 @@ class Sam:
 
     Args:
         rho: radius, >= 0 (the paper: 0.05 for images), or its schedule.
+        all_processes: take g of one microbatch on all processes, not on each its own.
 
-    Cost: a second forward and backward, one copy of the trained parameters.
+    Cost: a second forward and backward, one copy of the trained parameters; with `all_processes` one more reduction
+        of their gradients.
 
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization", ICLR 2021, equation 2 with p = 2.
 
     Deviation: g is the gradient of one microbatch on one process (its m-sharpness, section 4.1), so the
-    accumulation split and the number of processes change dx. Of a sharded model it is that of one microbatch on all
-    processes.
+    accumulation split and, without `all_processes`, the number of processes change dx. Of a sharded model it is in any
+    case that of one microbatch on all processes.
 
     >>> Sam(0.5)(StepInfo(0, 1), {}, {"w": torch.tensor([3.0, 4.0])})["w"].tolist()
     [0.30000001192092896, 0.4000000059604645]
     """
 
     rho: Spec = 0.05
+    all_processes: bool = False
     needs_gradient = True
     on_parts = True
 
@@ -55,6 +58,7 @@ class Asam:
     Args:
         rho: radius, >= 0 (the paper: 0.5 for images), or its schedule.
         eta: >= 0, added to |x| so that zeros are displaced too (the paper: 0.01), or its schedule.
+        all_processes: as of `Sam`.
 
     Cost: that of `Sam`, and one tensor of the largest parameter's size.
 
@@ -65,6 +69,7 @@ class Asam:
 
     rho: Spec = 0.5
     eta: Spec = 0.01
+    all_processes: bool = False
     needs_gradient = True
     on_parts = True
 
