@@ -14,6 +14,7 @@ from architectures import architecture
 from common import difference, values
 
 from hf_masked import WidthCoreConfig, add_core, export, extract_core, get_core
+from hf_masked.cores import splits
 from hf_masked.cores.units import unit_cuts
 
 SIZES: dict[str, Any] = {
@@ -209,3 +210,33 @@ def test_a_norm_over_all_heads_is_over_those_of_the_core() -> None:
     even = add_core(tf.Olmo2ForCausalLM(tf.Olmo2Config(**SIZES)).eval(), WidthCoreConfig(heads=0.5))
     assert extract_core(even).model.layers[0].self_attn.q_norm.weight.shape == (16,)
     assert logits(extract_core(even)).isfinite().all()
+
+
+WITHOUT_A_PLAN = [
+    "bert-mlm",
+    "roberta",
+    "distilbert",
+    "electra",
+    "gpt2",
+    "t5",
+    "bart",
+    "marian",
+    "opt",
+    "vit",
+    "clip",
+    "whisper",
+]
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_PLAN)
+def test_a_table_serves_families_without_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names every layer that a model of the smaller config has smaller, and the same dimension of it."""
+    model = architecture(name).build()
+    assert not model._tp_plan
+    cuts = [cut for cut in unit_cuts(model) if "relative_attention_bias" not in cut.name]  # no linear layer
+    assert cuts and all(splits.style_of(model, cut.name, cut.dim) in ("colwise", "rowwise") for cut in cuts)
+    swapped = {"colwise": "rowwise", "rowwise": "colwise"}
+    wrong = [(types, {end: swapped[style] for end, style in plan.items()}) for types, plan in splits._FAMILIES]
+    monkeypatch.setattr(splits, "_FAMILIES", wrong)
+    with pytest.raises(ValueError, match="would be cut along dimension"):  # negative control
+        unit_cuts(model)

@@ -1,9 +1,7 @@
 """Where the feed-forward neurons and the attention heads of a model lie, and what its config says with fewer of them.
 
-Which linear layer is cut by rows or by columns, and where one holds several maps, is read from the tensor-parallel
-plan that a class comes with; the smaller model, built from the smaller config, says by how much. Most classes have no
-plan (the BERT family, GPT-2, T5, BART, ViT): there the dimension that shrinks is the one, unless it holds several
-maps, which has to be told.
+The smaller model, built from the smaller config, says by how much each tensor shrinks; which dimension it has to be,
+and where one holds several maps, is told by `splits.py`.
 """
 
 import re
@@ -14,25 +12,13 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .resized import Changes, skeleton, sub_configs
+from .splits import HALVES, SPLIT, style_of
 
 # what transformers' configs call the width of the feed-forward layers
 NEURONS = ("intermediate_size", "moe_intermediate_size", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim",
             "d_ff", "hidden_dim")  # fmt: skip
 # heads can be fewer only where the config says their size apart: (heads, key-value heads or None, size)
 _HEADS = (("num_attention_heads", "num_key_value_heads", "head_dim"), ("num_heads", None, "d_kv"))
-# the dimension that each style of a plan splits, from the end; of a vector a row-wise one splits none
-_SPLIT = {"colwise": -2, "colwise_gather_output": -2, "colwise_rep": -2, "packed_colwise": -2,
-          "rowwise": -1, "rowwise_split_input": -1, "rowwise_rep": -1, "packed_rowwise": -1}  # fmt: skip
-# those that say of two maps in one dimension that one follows the other; outputs are gathered to be halved by
-# `chunk(2)`
-_HALVES = ("packed_colwise", "packed_rowwise", "colwise_gather_output", "colwise_rep")
-# layers of that kind, of classes without a plan
-_PACKED = {
-    ("ModernBertMLP", "Wi"),
-    ("ModernBertDecoderMLP", "Wi"),
-    ("DiaMLP", "gate_up_proj"),
-    ("MoonshineDecoderMLP", "fc1"),
-}
 
 
 @dataclass(frozen=True)
@@ -194,14 +180,14 @@ def neuron_cuts(full: PreTrainedModel, changes: Changes) -> Iterator[Cut]:
         for field, kept in fields.items():
             units = _neuron_counts(config)[field]
             shrunk = [*_shrunk(full, {part: {field: kept}})]
-            styles = {name: _style(full, name, dim) for name, dim, *_ in shrunk}
+            styles = {name: style_of(full, name, dim) for name, dim, *_ in shrunk}
             # of a layer that is simply split, several shared experts say, each tensor holds as many maps
             in_layer: dict[str, set[float]] = {}
             for name, _, size, _ in shrunk:
                 in_layer.setdefault(_owner(name), set()).add(size / units)
             for name, dim, size, smaller in shrunk:
                 packed, style = size // units, styles[name]
-                told = style in _HALVES or (style in _SPLIT and len(in_layer[_owner(name)]) == 1)
+                told = style in HALVES or (style in SPLIT and len(in_layer[_owner(name)]) == 1)
                 if packed * units != size or packed * kept != smaller or (packed > 1 and not told):
                     raise ValueError(
                         f"got a {type(full).__name__} whose {name} packs several maps into dimension {dim} in a way "
@@ -221,7 +207,7 @@ def head_cuts(full: PreTrainedModel, changes: Changes) -> Iterator[Cut]:
         known = {many * size for many in (heads.count, heads.groups) for size in (heads.size, 1)}
         kept = fields[heads.fields[1] or heads.fields[0]]
         for name, dim, whole, smaller in _shrunk(full, {part: fields}):
-            _style(full, name, dim)
+            style_of(full, name, dim)
             if whole not in known or smaller * heads.groups != whole * kept:
                 raise ValueError(
                     f"got a {type(full).__name__} whose {name} has {whole} entries in dimension {dim} for "
@@ -234,29 +220,3 @@ def head_cuts(full: PreTrainedModel, changes: Changes) -> Iterator[Cut]:
 def _owner(name: str) -> str:
     """Path of the layer of several linear ones that a tensor belongs to."""
     return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0]
-
-
-def _style(full: PreTrainedModel, name: str, dim: int) -> str | None:
-    """How the plan of a tensor's class (or our table, for a class without one) splits this dimension of it, if it
-    says.
-
-    Raises: ValueError where it says another dimension.
-    """
-    path, _, _ = name.rpartition(".")
-    layer, _, mine = path.rpartition(".")
-    if (type(full.get_submodule(layer)).__name__, mine) in _PACKED:
-        return "packed_colwise"
-    plan = getattr(full, "_tp_plan", None) or {}
-    pattern, owner = (re.sub(r"\.\d+\.", ".*.", key) for key in (name, path))
-    style = plan.get(pattern) or plan.get(owner)
-    if style not in _SPLIT:
-        return None
-    dims = full.get_parameter(name).ndim
-    split = _SPLIT[style] if dims > 1 else (-1 if _SPLIT[style] == -2 else None)
-    if split != dim - dims:
-        raise ValueError(
-            f"got a {type(full).__name__} whose {name} would be cut along dimension {dim}; needs what its "
-            f"tensor-parallel plan splits ({style}), because a number of its config sizes something else there; set "
-            "--core low_rank or depth"
-        )
-    return style

@@ -38,7 +38,7 @@ class WidthCoreConfig(CoreConfig):
 
     Raises: ValueError for numbers out of range, and where the config of the model cannot say such a core: a head's
         size is hidden_size over num_attention_heads in many (BERT, GPT-2, BART), whose heads all have to stay; and
-        where a tensor holds several maps in one dimension that no tensor-parallel plan tells (see `units`; say it in
+        where a tensor holds several maps in one dimension that no tensor-parallel plan tells (see `splits`; say it in
         `model.tp_plan`).
 
     Deviation: a norm over all heads (OLMo 2) is in the core one over those kept, as its class has it.
