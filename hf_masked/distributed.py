@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .compressed_reduction import CompressedReduction
 from .cores import get_core
 from .cores.modules import uncompiled
+from .held_entries import entries_of
 from .hooks import JointHooks
-from .masked_optimizer import entries_of
 from .perturbations.subnets import Subnets
 from .schedules import Sum
 from .tensor_reduction import Reduction, TensorReduction, keep_local, known_in_backward

@@ -1,6 +1,6 @@
 """The step of any torch optimizer under an update mask: what is held still keeps its bits."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from .apply import MaskValues, Parameters
-from .masks.entries import fewer_of
+from .held_entries import Room, entries_of, held_back, stepped_apart
+from .masks.entries import counts, places
 from .parts import own_part
+from .stepped_pieces import step_in_pieces
 from .transfer import moved_to
 from .types import StatePolicy
 
@@ -27,8 +29,8 @@ ELEMENTWISE = (
     torch.optim.RMSprop,
     torch.optim.Rprop,
 )
-# the share of a tensor's entries up to which stepping them apart is cheaper than stepping the tensor and putting back
-FEW = 1 / 2
+# the share of a tensor's entries of which copies, with gradient, state and places, take as much memory as the tensor
+FEW = 1 / 6
 
 
 @dataclass(frozen=True)
@@ -51,27 +53,6 @@ class StepMask:
     zero: bool = False
 
 
-class Room:
-    """Memory for copies, on a processor the same in every step: there fresh memory costs more than copying does."""
-
-    def __init__(self) -> None:
-        self._spaces: dict[tuple[nn.Parameter, str], torch.Tensor] = {}
-
-    def take(
-        self, parameter: nn.Parameter, tensors: Mapping[str, torch.Tensor], at: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """The entries `at` of tensors that belong to a parameter, by the same names, until the next step."""
-        return {key: self._taken((parameter, key), tensor.flatten(), at) for key, tensor in tensors.items()}
-
-    def _taken(self, key: tuple[nn.Parameter, str], flat: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        if flat.device.type != "cpu":
-            return flat.index_select(0, at)
-        space = self._spaces.get(key)
-        if space is None or len(space) < len(at) or space.dtype != flat.dtype:
-            self._spaces[key] = space = flat.new_empty(len(at))
-        return torch.index_select(flat, 0, at, out=space[: len(at)])
-
-
 @contextmanager
 def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) -> Iterator[None]:
     """Around `optimizer.step()`: entries whose mask is 0 keep their bits.
@@ -82,10 +63,10 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
 
     Args: `room`: kept from step to step.
 
-    Cost: one search through each partly masked tensor, and a copy of those of its entries, and with "freeze" of their
-        state, that are fewer: the kept ones, which are then stepped apart, or the held ones, which are put back; the
-        held ones in any case where an optimizer moves entries by what else is in their tensor (ELEMENTWISE lists those
-        that do not). Of a sparse network's tensors neither: what is held is made zero.
+    Cost: of a tensor with few kept entries a search for them and a copy, with their state, stepped apart; of others
+        copies of a part of them at a time (`step_in_pieces`). With "decay", for an optimizer that moves entries by
+        what else is in their tensor (ELEMENTWISE lists those that do not) and for sharded tensors, a search for the
+        held ones and a copy, which is put back. Of a sparse network's tensors neither: what is held is made zero.
 
     Raises: ValueError for "freeze" or "reset" of single entries whose state is not per entry (Adafactor's).
     """
@@ -124,15 +105,21 @@ def _begin(
         for parameter, kept in moving.items():
             around.callback(_zero, optimizer, parameter, kept)
         moving = {}
+    around.enter_context(_scaled_rates(optimizer, wanted))
     elementwise = wanted.state_policy != "decay" and type(optimizer) in ELEMENTWISE
     # a part cannot be a vector in its tensor's place
-    whole = [elementwise and own_part(p) is p and p.is_contiguous() for p in moving]
-    masks = [kept if alone else ~kept for kept, alone in zip(moving.values(), whole, strict=True)]
-    limits = [p.numel() * (FEW if alone else 1) for p, alone in zip(moving, whole, strict=True)]
-    for parameter, alone, (few, at) in zip(moving, whole, fewer_of(masks, limits), strict=True):
-        step = _only if alone and few else _held
-        around.callback(step(optimizer, parameter, at, wanted.state_policy, room))
-    around.enter_context(_scaled_rates(optimizer, wanted))
+    alone = {p: m for p, m in moving.items() if elementwise and own_part(p) is p and p.is_contiguous() and p.ndim}
+    few = {p for (p, m), n in zip(alone.items(), counts(alone.values()), strict=True) if n <= FEW * p.numel()}
+    searched = {p: m if p in few else ~m for p, m in moving.items() if p in few or p not in alone}
+    for parameter, at in zip(searched, places(searched.values()), strict=True):
+        step = stepped_apart if parameter in few else held_back
+        around.callback(step(optimizer, parameter, at, wanted.state_policy, room, parameter))
+    if rest := {p: m for p, m in alone.items() if p not in few}:
+        for parameter in rest:
+            around.callback(setattr, parameter, "grad", parameter.grad)
+        step_in_pieces(optimizer, rest, wanted.state_policy, room)
+        for parameter in rest:
+            parameter.grad = None  # the step to come passes them by
 
 
 @torch.no_grad()
@@ -140,86 +127,6 @@ def _zero(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch
     """Make zero, and its state, what is not kept."""
     for now in entries_of(optimizer, parameter, with_state=True).values():
         now.masked_fill_(~kept, 0.0)
-
-
-def _held(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: torch.Tensor, policy: StatePolicy, room: Room
-) -> Callable[[], None]:
-    """Let the optimizer step the whole tensor; returns what then puts back the entries `at`, which must not move."""
-    if policy == "decay" and parameter.grad is not None:
-        _put(own_part(parameter.grad), at, 0.0)
-    before = room.take(parameter, entries_of(optimizer, parameter, policy == "freeze"), at)
-
-    @torch.no_grad()
-    def put_back() -> None:
-        for key, now in entries_of(optimizer, parameter, policy != "decay").items():
-            _put(now, at, before.get(key, 0.0))
-
-    return put_back
-
-
-def _only(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, at: torch.Tensor, policy: StatePolicy, room: Room
-) -> Callable[[], None]:
-    """Let the optimizer step the entries `at` alone, as a vector in the tensor's place; returns what then puts that
-    back into it.
-
-    State that it begins in this step is zero elsewhere.
-    """
-    whole, gradient, state = parameter.data, parameter.grad, optimizer.state[parameter]
-    wholes = {key: value for key, value in entries_of(optimizer, parameter, with_state=True).items() if key}
-    apart = room.take(parameter, {"": whole, **wholes}, at)
-    parameter.grad = None
-    parameter.data = apart.pop("")
-    parameter.grad = None if gradient is None else gradient.flatten().index_select(0, at)
-    state.update(apart)
-    known = set(state)
-
-    @torch.no_grad()
-    def put_back() -> None:
-        if state.keys() != known:
-            stepped = entries_of(optimizer, parameter, with_state=True)
-            wholes.update(
-                {key: new.new_zeros(whole.shape) for key, new in stepped.items() if key and key not in wholes}
-            )
-        _put(whole, at, parameter.data)
-        for key, value in wholes.items():
-            if policy == "reset":
-                value.zero_()
-            _put(value, at, state[key])
-        state.update(wholes)
-        parameter.grad = None
-        parameter.data = whole
-        parameter.grad = gradient
-
-    return put_back
-
-
-def _put(tensor: torch.Tensor, at: torch.Tensor, values: torch.Tensor | float) -> None:
-    """Write the entries `at`, counted through the tensor, bit by bit."""
-    if tensor.is_contiguous():
-        tensor.view(-1).scatter_(0, at, values)  # type: ignore[arg-type]
-    else:
-        tensor.copy_(tensor.flatten().scatter_(0, at, values).view(tensor.shape))  # type: ignore[arg-type]
-
-
-def entries_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, with_state: bool) -> dict[str, torch.Tensor]:
-    """The parameter and its per-entry state, as far as they lie on this process.
-
-    Raises: ValueError where some of the state is neither per entry nor one number.
-    """
-    found, shape = {"": own_part(parameter.detach())}, parameter.shape
-    for key, value in optimizer.state.get(parameter, {}).items() if with_state else ():
-        if not isinstance(value, torch.Tensor) or (value.shape != shape and value.numel() == 1):
-            continue
-        if value.shape != shape:
-            raise ValueError(
-                f"got {type(optimizer).__name__}, whose state {key!r} of a tensor {tuple(shape)} is "
-                f"{tuple(value.shape)}; needs state per entry, because that of single entries cannot be held or reset "
-                'otherwise; set {"state_policy": "decay"} in --method_config, or another --optim'
-            )
-        found[key] = own_part(value)
-    return found
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from hf_masked import Phase, StepInfo
 from hf_masked.apply import hold_still, mask_update, release
 from hf_masked.draws import largest_drawn, random_entries
 from hf_masked.masks import Chain, Complement, ErrorFeedback, Fixed, RandK, TopK, block_of
-from hf_masked.masks.entries import _each, _fewer_elsewhere, fewer_of, kept_count, largest
+from hf_masked.masks.entries import _each, _joint_indices, counts, kept_count, largest, places
 from hf_masked.masks.sparse_training import erdos_renyi
 from hf_masked.methods import make_method
 from hf_masked.values import Constant, make_value
@@ -79,12 +79,9 @@ def test_one_search_finds_what_several_do() -> None:
     shapes = ((7, 5), (1,), (4, 2, 3))
     drawn = [torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3 for shape in shapes]
     masks = [torch.zeros(3, dtype=torch.bool), *drawn, ~drawn[0], torch.ones(2, 2, dtype=torch.bool)]
-    limits = [kept.numel() / 2 for kept in masks]
-    several, one = fewer_of(masks, limits), _fewer_elsewhere(masks, limits)
-    assert [which for which, _ in one] == [which for which, _ in several] == [True, True, True, True, False, False]
-    for kept, (which, at), (_, alone) in zip(masks, one, several, strict=True):
-        assert torch.equal(at, alone)
-        assert torch.equal(at, (kept if which else ~kept).flatten().nonzero().flatten())
+    for kept, at, alone in zip(masks, _joint_indices(masks), places(masks), strict=True):
+        assert torch.equal(at, alone) and torch.equal(at, kept.flatten().nonzero().flatten())
+    assert counts(masks) == [int(kept.sum()) for kept in masks]
 
 
 def test_one_selection_finds_what_several_do() -> None:

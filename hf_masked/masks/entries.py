@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -126,35 +126,31 @@ def largest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view(scores.shape)
 
 
-def fewer_of(masks: Sequence[torch.Tensor], limits: Sequence[float]) -> list[tuple[bool, torch.Tensor]]:
-    """Where each mask is True, or where it is not, if those are more than its limit: which of both, and the places.
+def counts(masks: Iterable[torch.Tensor]) -> list[int]:
+    """How many entries of each mask are True.
 
-    NumPy counts and searches several times faster on a processor; elsewhere many masks are searched at once, because
-    the device has to be waited for.
-
-    Returns: per mask whether it is True at the places, and those, counted through its entries, in order.
-
-    >>> fewer_of([torch.tensor([[True, False], [True, True]]), torch.tensor([True])], limits=[2, 1])
-    [(False, tensor([1])), (True, tensor([0]))]
+    >>> counts([torch.tensor([[True, False], [True, True]]), torch.tensor([False])])
+    [3, 0]
     """
+    found = [np.count_nonzero(m.numpy()) if m.device.type == "cpu" else m.count_nonzero() for m in masks]
+    waited = [n for n in found if isinstance(n, torch.Tensor)]
+    told = iter(torch.stack([n.to(waited[0].device) for n in waited]).tolist() if waited else ())
+    return [next(told) if isinstance(n, torch.Tensor) else int(n) for n in found]
+
+
+def places(masks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Where each mask is True, counted through its entries, in order.
+
+    NumPy searches several times faster on a processor; elsewhere many masks are searched at once, because the device
+    has to be waited for.
+
+    >>> places([torch.tensor([[True, False], [True, True]]), torch.tensor([False])])
+    [tensor([0, 2, 3]), tensor([], dtype=torch.int64)]
+    """
+    masks = list(masks)
     if all(kept.device.type == "cpu" for kept in masks):
-        return [_fewer_on_processor(kept.numpy(), limit) for kept, limit in zip(masks, limits, strict=True)]
-    bounds = iter(limits)
-    return [one for some in _runs(masks) for one in _fewer_elsewhere(some, [next(bounds) for _ in some])]
-
-
-def _fewer_on_processor(kept: np.ndarray, limit: float) -> tuple[bool, torch.Tensor]:
-    within = bool(np.count_nonzero(kept) <= limit)
-    return within, torch.from_numpy(np.flatnonzero(kept if within else ~kept))
-
-
-def _fewer_elsewhere(masks: Sequence[torch.Tensor], limits: Sequence[float]) -> list[tuple[bool, torch.Tensor]]:
-    found = _joint_indices(masks)
-    many = [index for index, at in enumerate(found) if len(at) > limits[index]]
-    if many:
-        for index, at in zip(many, _joint_indices([~masks[index] for index in many]), strict=True):
-            found[index] = at
-    return [(index not in many, at) for index, at in enumerate(found)]
+        return [torch.from_numpy(np.flatnonzero(kept.numpy())) for kept in masks]
+    return [at for some in _runs(masks) for at in _joint_indices(some)]
 
 
 def _runs(masks: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
