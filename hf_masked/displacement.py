@@ -6,21 +6,30 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .parts import part_of
+from .parts import own_part, part_of
 
 Tensors = Mapping[str, torch.Tensor]
 
 
+# entries that are exchanged at a time
+_AT_ONCE = 2**22
+
+
 @contextmanager
-def displaced(parameters: Mapping[str, nn.Parameter], rule: Callable[[Tensors], Tensors]) -> Iterator[None]:
+def displaced(
+    parameters: Mapping[str, nn.Parameter], rule: Callable[[Tensors], Tensors], given_away: bool = False
+) -> Iterator[None]:
     """Inside, the parameters are x + dx with dx = rule(x); afterwards they are x again, bit for bit.
 
     On a processor x + dx is made beside x and takes its place for as long; elsewhere others may know a parameter by
     where it lies (graphs that were captured, shards), so x is copied, and copied back.
 
+    Args: `given_away`: what the rule answers is nobody else's, and may be written over.
+
     Raises: ValueError where dx names a parameter that is not there.
 
-    Cost: one copy of the parameters that are displaced.
+    Cost: one copy of the parameters that are displaced: dx, which becomes x + dx (elsewhere than on a processor, x).
+        Where it is not given away, one more of the largest.
     """
     with torch.no_grad():
         given = rule({name: p.detach() for name, p in parameters.items()})
@@ -33,7 +42,7 @@ def displaced(parameters: Mapping[str, nn.Parameter], rule: Callable[[Tensors], 
         with torch.no_grad():
             for name in list(deltas):
                 # freed one by one: a displacement and the copy it forces are not both held
-                saved[name] = _displace(parameters[name], deltas.pop(name))
+                saved[name] = _displace(parameters[name], deltas.pop(name), given_away)
         yield
     finally:
         with torch.no_grad():
@@ -41,15 +50,34 @@ def displaced(parameters: Mapping[str, nn.Parameter], rule: Callable[[Tensors], 
                 _put_back(parameters[name], value)
 
 
-def _displace(parameter: nn.Parameter, delta: torch.Tensor) -> torch.Tensor:
+def _displace(parameter: nn.Parameter, delta: torch.Tensor, given_away: bool) -> torch.Tensor:
     """Let a parameter be x + dx; returns x."""
+    here = given_away and _could_be(parameter, delta)
     if _moves(parameter):
         x = parameter.data
-        parameter.data = torch.add(x, delta.expand_as(x), out=torch.empty_like(x))
+        parameter.data = torch.add(x, delta.expand_as(x), out=delta if here else torch.empty_like(x))
         return x
+    if here:
+        return _exchanged(parameter, delta)
     x = parameter.detach().clone()
     parameter.add_(part_of(delta, parameter))
     return x
+
+
+def _could_be(parameter: nn.Parameter, delta: torch.Tensor) -> bool:
+    """Whether a tensor is just like a parameter, in memory of its own."""
+    alike = (delta.shape, delta.dtype, delta.device) == (parameter.shape, parameter.dtype, parameter.device)
+    dense = parameter.is_contiguous() and delta.is_contiguous() and own_part(delta) is delta
+    return alike and dense and own_part(parameter) is parameter and delta.untyped_storage().nbytes() == delta.nbytes
+
+
+def _exchanged(parameter: nn.Parameter, delta: torch.Tensor) -> torch.Tensor:
+    """Let a parameter be x + dx, and dx be x, which is returned."""
+    for now, other in zip(parameter.view(-1).split(_AT_ONCE), delta.view(-1).split(_AT_ONCE), strict=True):
+        x = now.clone()
+        now.add_(other)
+        other.copy_(x)
+    return delta
 
 
 def _put_back(parameter: nn.Parameter, x: torch.Tensor) -> None:

@@ -98,7 +98,7 @@ class SecondPassMixin(ForwardPassMixin):
             del gradients
         if (measure := self._now().measure) is not None:
             given = measure.displacement(given)
-        around = displaced(self._trained(phase), given)
+        around = displaced(self._trained(phase), given, getattr(rule, "given_away", False))
         del given
         with around:
             yield

@@ -65,7 +65,8 @@ class Perturbation(Protocol):
     """dx[t]: maps the parameters to the displacements at which the gradient is taken.
 
     Args: `parameters`, name -> tensor, detached, not to be written to. Returns name -> tensor of the same shape and
-    dtype; a name left out is not displaced.
+    dtype; a name left out is not displaced. With the attribute `given_away = True` these may be written over: it keeps
+    none of them.
     """
 
     def __call__(

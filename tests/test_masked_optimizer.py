@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from held_bytes import Held
 from on_gpu import DEVICES
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_masked import StepInfo, stepped_pieces
 from hf_masked.masked_optimizer import FEW, MaskedSteps, StepMask, place_state
@@ -192,32 +190,6 @@ def test_pieces_are_steps_of_the_whole(name: str, policy: str, monkeypatch: pyte
     assert small.keys() == large.keys()
     for key, value in small.items():
         torch.testing.assert_close(value, large[key])
-
-
-class Held(TorchDispatchMode):
-    """The most bytes that tensors made inside have held at a time, NumPy's among them once an operation takes one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._seen: dict[int, int] = {}
-
-    def ignore(self, tensors: Any) -> None:
-        self._seen |= {t.untyped_storage()._cdata: 0 for t in tensors}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in (t for t in tree_leaves((args, kwargs, made)) if isinstance(t, torch.Tensor)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._seen:
-                self._seen[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._freed, storage._cdata)
-        return made
-
-    def _freed(self, key: int) -> None:
-        self.now -= self._seen.pop(key, 0)
 
 
 def copies_for_a_step(share: float) -> float:

@@ -39,6 +39,7 @@ class DropConnect:
     structure: str = "entries"
     pattern: str | None = None
     on_parts = True
+    given_away = True
 
     def __post_init__(self) -> None:
         self.keep = self._keep = make_value(self.keep, "keep", 0, 1, above=True)

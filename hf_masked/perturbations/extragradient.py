@@ -38,6 +38,7 @@ class Extragradient:
     all_processes: bool = False
     needs_gradient = True
     on_parts = True
+    given_away = True
 
     def __post_init__(self) -> None:
         self._step_size = None

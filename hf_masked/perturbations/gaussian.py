@@ -32,6 +32,7 @@ class Gaussian:
     sigma: Spec = 0.01
     anti_correlated: bool = False
     on_parts = True
+    given_away = True
 
     def __post_init__(self) -> None:
         self.sigma = self._sigma = make_value(self.sigma, "sigma", 0)
@@ -41,7 +42,7 @@ class Gaussian:
 
     def _draw(self, info: StepInfo, name: str, like: torch.Tensor) -> torch.Tensor:
         sigma = self._sigma(info)
-        noise = normal(info, like, "gaussian", name) * sigma
+        noise = normal(info, like, "gaussian", name).mul_(sigma)
         if self.anti_correlated and info.step > 0:
-            noise -= normal(replace(info, step=info.step - 1), like, "gaussian", name) * sigma
+            noise -= normal(replace(info, step=info.step - 1), like, "gaussian", name).mul_(sigma)
         return noise

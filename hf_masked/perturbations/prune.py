@@ -44,6 +44,7 @@ class Prune:
     structure: str = "entries"
     pattern: str | None = None
     every: int = 1
+    given_away = True
 
     def __post_init__(self) -> None:
         self.sparsity = self._sparsity = make_value(self.sparsity, "sparsity", 0, 1, below=True)

@@ -68,6 +68,7 @@ class Quantize:
     to: str = "int8"
     per_channel: bool = True
     pattern: str | None = None
+    given_away = True
 
     def __post_init__(self) -> None:
         check_pattern(self.pattern)

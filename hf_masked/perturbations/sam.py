@@ -39,6 +39,7 @@ class Sam:
     all_processes: bool = False
     needs_gradient = True
     on_parts = True
+    given_away = True
 
     def __post_init__(self) -> None:
         self.rho = self._rho = make_value(self.rho, "rho", 0)
@@ -72,6 +73,7 @@ class Asam:
     all_processes: bool = False
     needs_gradient = True
     on_parts = True
+    given_away = True
 
     def __post_init__(self) -> None:
         self.rho = self._rho = make_value(self.rho, "rho", 0)
@@ -82,10 +84,10 @@ class Asam:
             return {}
         eta = self._eta(info)
         for name, gradient in gradients.items():
-            gradient.mul_(parameters[name].abs() + eta)
+            gradient.mul_(parameters[name].abs().add_(eta))
         scale = self._rho(info) / (_norm(list(gradients.values())) + _TINY)
         for name, gradient in gradients.items():
-            gradient.mul_(parameters[name].abs() + eta).mul_(scale)
+            gradient.mul_(parameters[name].abs().add_(eta)).mul_(scale)
         return gradients
 
 

@@ -18,7 +18,7 @@ class Stale:
     Args:
         tau: delay in updates of this phase, an integer >= 0.
 
-    Cost: tau copies of the trained parameters, in checkpoints too, besides the one that any perturbation takes.
+    Cost: tau + 1 copies of the trained parameters, in checkpoints too, besides the one that any perturbation takes.
 
     Source: the delayed-gradient model of asynchronous SGD, Agarwal, Duchi, "Distributed Delayed Stochastic
     Optimization", NIPS 2011.
@@ -28,6 +28,7 @@ class Stale:
 
     tau: int = 1
     on_parts = True
+    given_away = True
 
     def __post_init__(self) -> None:
         make_value(self.tau, "tau", 0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -36,6 +37,7 @@ class Subnets:
 
     parts: int | None = None
     every: int = 10
+    given_away: ClassVar[bool] = True
     _cuts: list[Cut] = field(default_factory=list)
     _workers: int = 2
     _process: int | None = None

@@ -1,0 +1,58 @@
+"""What the gradient at x + dx costs in memory: one copy of the parameters, whatever dx is."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from architectures import architecture
+from held_bytes import Held
+
+from hf_masked import StepInfo
+from hf_masked.displacement import displaced
+from hf_masked.methods import make_method
+
+# method -> copies beside x + dx: a byte for each entry, what was remembered, what is made of one tensor (of half of all) on the way
+BESIDE = {
+    "sam": 0.0,
+    "asam": 0.4,
+    "extragradient": 0.0,
+    "gaussian": 0.0,
+    "drop_connect": 0.25,
+    "stale": 1.0,
+    "ist": 0.0,
+    "dpf": 0.65,
+    "quantize": 0.15,
+    "binary_connect": 0.0,
+}
+
+
+def copies(name: str, given_away: bool) -> float:
+    """The most that is held while parameters are displaced, over their own size."""
+    model = architecture("llama").build(vocab_size=1024)
+    rule: Any = make_method(name, **({"step_size": 0.1} if name == "extragradient" else {})).perturbation
+    if hasattr(rule, "bind"):
+        rule.bind(model)
+    parameters = dict(model.named_parameters())
+    info = StepInfo(0, 10)
+    with Held() as held, torch.no_grad():
+        held.ignore(parameters.values())
+        if getattr(rule, "needs_gradient", False):
+            rule = partial(rule, gradients={n: torch.randn_like(p) for n, p in parameters.items()})
+        with displaced(parameters, partial(rule, info), given_away):
+            assert any(held.is_new(p) for p in parameters.values())
+    return held.most / sum(p.nbytes for p in parameters.values())
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_one_copy_is_held(name: str) -> None:
+    most = copies(name, given_away=True)
+    assert most <= 1.01 + BESIDE[name]
+    assert getattr(make_method(name).perturbation, "given_away", False)
+
+
+def test_what_is_not_given_away_takes_one_tensor_more() -> None:
+    """Negative control: of a model whose embeddings are half of it."""
+    assert copies("gaussian", given_away=False) > 1.3
