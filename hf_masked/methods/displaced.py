@@ -53,9 +53,9 @@ def gaussian(sigma: Spec = 0.01, anti_correlated: bool = False) -> Method:
 
     (dx, p) = (sigma xi[t], 1), with `anti_correlated` (sigma (xi[t] - xi[t-1]), 1): Orvieto et al. 2022. `sigma` has
     no published value for Transformers; it has to stay below their initial spread (0.02). One pass; memory: one copy
-    of the parameters, which is their noise at first, drawn per microbatch. Nothing saved. Known: one sigma for all tensors is too
-    much for norms' gains or too little for embeddings. Deviation: the noise does not stay in the iterate, as it does
-    in anti-PGD.
+    of the parameters, which is their noise at first, drawn per microbatch. Nothing saved. Known: one sigma for all
+    tensors is too much for norms' gains or too little for embeddings. Deviation: the noise does not stay in the
+    iterate, as it does in anti-PGD.
     """
     return Method(Gaussian(sigma, anti_correlated))
 
@@ -64,7 +64,8 @@ def stale(tau: int = 1) -> Method:
     """Stale gradients: those of the parameters tau updates ago, as asynchronous workers would send them.
 
     (dx, p) = (x[t-tau] - x[t], 1). Agarwal and Duchi 2011. One pass; memory: tau + 2 copies of the parameters, of
-    which tau + 1 are saved in checkpoints. Known: diverges unless the learning rate shrinks with tau. A study of delay, no gain.
+    which tau + 1 are saved in checkpoints. Known: diverges unless the learning rate shrinks with tau. A study of
+    delay, no gain.
     """
     return Method(Stale(tau))
 
