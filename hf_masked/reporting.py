@@ -1,7 +1,7 @@
 """Full and core, or all cores, side by side: in `evaluate()`, in `predict()`, and in every log row."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,17 +132,41 @@ class JointReportingMixin(JointHooks):
     def _add_scalars(self, logs: dict[str, Any]) -> None:
         """The scalars of the method that have changed since they were last logged, by this run or the one it
         resumes."""
-        info = StepInfo(max(0, self.state.global_step - 1), self.state.max_steps, getattr(self.args, "mask_seed", 0))
-        now: dict[str, float] = {}
-        phases = [(self.plan.full, "method_"), *((run.phase, f"method_{run.name}_") for run in self._cores)]
-        for phase, prefix in phases:
-            for rule in (phase.perturbation, phase.grad_mask, phase.update_mask, phase.backward):
-                now |= {prefix + name: value(info) for name, value in scalars(rule).items()}
+        now = self._scalars_at(max(0, self.state.global_step - 1))
+        known = self._known_scalars(now)
+        logs.update({name: value for name, value in now.items() if known.get(name) != value})
+        known |= now
+
+    def _known_scalars(self, names: Iterable[str]) -> dict[str, float]:
+        """What was last logged of each, to be kept up to date."""
         if not self._logged_scalars:
             for row in self.state.log_history:
-                self._logged_scalars |= {name: row[name] for name in now if name in row}
-        logs.update({name: value for name, value in now.items() if self._logged_scalars.get(name) != value})
-        self._logged_scalars |= now
+                self._logged_scalars |= {name: row[name] for name in names if name in row}
+        return self._logged_scalars
+
+    def _log_changes(self, step: int) -> None:
+        """Where this update step has no log row, one of the scalars that change in it.
+
+        What changes in every step is told once, where it begins to, and then in the rows that are due anyway. All are
+        functions of the step, so a resumed run tells the same.
+        """
+        if step == 0 or self.control.should_log or self.args.logging_strategy == "no":
+            return
+        now, before, earlier = (self._scalars_at(max(0, step - ago)) for ago in (0, 1, 2))
+        if row := {name: v for name, v in now.items() if v != before[name] == earlier[name]}:
+            self._known_scalars(now).update(row)
+            self._log_row(row)
+
+    def _scalars_at(self, step: int) -> dict[str, float]:
+        """The scalars of every network's method in an update step, by the name that they are logged as."""
+        info = StepInfo(step, self.state.max_steps, getattr(self.args, "mask_seed", 0))
+        phases = [(self.plan.full, "method_"), *((run.phase, f"method_{run.name}_") for run in self._cores)]
+        return {
+            prefix + name: value(info)
+            for phase, prefix in phases
+            for rule in (phase.perturbation, phase.grad_mask, phase.update_mask, phase.backward)
+            for name, value in scalars(rule).items()
+        }
 
     def _add_both_losses(self, logs: dict[str, Any]) -> None:
         mixed = self._meter.mixed

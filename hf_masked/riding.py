@@ -28,7 +28,9 @@ class RidingMixin(UpdateStepMixin):
             self._audit.after(step.info.step)
         self._step = None
         if step.row:
-            self._log_measures(step.row)
+            self._log_row(step.row)
+        if self._trains_slots:
+            self._log_changes(step.info.step)
         if not self._joint:
             return
         first = step.phase.network

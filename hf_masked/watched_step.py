@@ -91,7 +91,7 @@ class WatchedStepMixin(CoreReductionMixin):
         )
         step.row |= step.gaps | self._reduced_bytes()
 
-    def _log_measures(self, row: dict[str, float]) -> None:
+    def _log_row(self, row: dict[str, float]) -> None:
         """A log row of its own, which leaves Trainer's due one due."""
         due = self.control.should_log
         self.log(row)

@@ -111,6 +111,26 @@ def test_scalars_are_logged_when_they_change(tmp_path: Path) -> None:
     assert [row.get("method_density") for row in rows] == [0.5, None, 0.3, None, 0.2, None]
 
 
+@pytest.mark.parametrize("resume", [None, "checkpoint-2"])
+def test_changes_between_log_rows_have_rows_of_their_own(resume: str | None, tmp_path: Path) -> None:
+    """A value that jumps is logged in the step in which it does; one that moves on and on where it begins to, and then in the
+    rows that are due."""
+    jumps = {"name": "piecewise", "values": [0.5, 0.3], "steps": [2]}
+    moves = {"name": "linear", "start": 0.5, "end": 0.2, "begin": 3, "until": 9}
+    found = []
+    for density in (jumps, moves):
+        folder = tmp_path / str(density["name"])
+        options: dict[str, Any] = {"method": "rand_k", "method_config": {"density": density}, "logging_steps": 6}
+        trainer = fit(folder, tiny(), **options, max_steps=12, save_strategy="steps", save_steps=2)
+        if resume:
+            trainer = fit(folder, tiny(), resume=folder / resume, **options, max_steps=12, save_strategy="no")
+        history = trainer.state.log_history
+        found.append({row["step"]: round(row["method_density"], 6) for row in history if "method_density" in row})
+        assert [row["step"] for row in history if "loss" in row] == [6, 12]
+        assert [row["step"] for row in history if "method_density" in row and "loss" not in row] == [min(found[-1])]
+    assert found == [{3: 0.3}, {5: 0.45, 6: 0.4, 12: 0.2}]
+
+
 def test_the_saved_network_is_sparse(tmp_path: Path) -> None:
     model = fit(tmp_path, tiny(), method="rigl", method_config={"density": 0.2, "every": 2}, max_steps=5).model
     matrices = [p for n, p in model.named_parameters() if "layers" in n and p.ndim == 2]
