@@ -264,6 +264,36 @@ def test_rigl_drops_and_grows_by_the_formula() -> None:
     assert set(last) == {"layers.0.weight", "layers.1.weight"}, "biases stay dense"
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.6, 0.1), (0.1, 0.6)])
+@pytest.mark.parametrize("distribution", ["erk", "uniform"])
+@pytest.mark.parametrize("name", ["rigl", "set"])
+def test_a_density_that_changes_is_followed(name: str, distribution: str, start: float, end: float) -> None:
+    """At every change the share of the smallest goes, more where the density falls by more, and the rest is grown."""
+    density = {"name": "linear", "start": start, "end": end, "until": 0.5}
+    rule: Any = make_method(name, density=density, drop=0.2, every=10, until=0.75, distribution=distribution).grad_mask
+    x = tensors()
+    rule.support(StepInfo(0, 100), x)
+    sizes = []
+    for t in range(100):
+        old = {n: m.clone() for n, m in rule.masks.items()}
+        new = rule(StepInfo(t, 100), tensors(t + 1), x)
+        if t % 10 or t == 0 or t >= 75:
+            assert all(torch.equal(new[n], old[n]) for n in new)
+            continue
+        now = start + (end - start) * min(1, t / 50)
+        shares = erdos_renyi({n: x[n].shape for n in new}, now) if distribution == "erk" else dict.fromkeys(new, now)
+        for n, mask in new.items():
+            before, after = int(old[n].sum()), int(mask.sum())
+            assert after == round(shares[n] * mask.numel())
+            left = min(before - min(round(0.2 * before), mask.numel() - before), after)
+            smallest = x[n].abs().masked_fill(~old[n], math.inf).flatten().argsort()[: before - left]
+            kept = old[n].flatten().clone()
+            kept[smallest] = False
+            assert bool((mask.flatten() & kept).equal(kept))
+        sizes.append(sum(int(m.sum()) for m in new.values()))
+    assert len(set(sizes)) == 5 and sizes == sorted(sizes, reverse=start > end), "constant from half of the run on"
+
+
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
 def test_erdos_renyi_densities(density: float) -> None:
     shapes = {"a": torch.Size([100, 100]), "b": torch.Size([4, 6]), "c": torch.Size([8, 50, 3])}

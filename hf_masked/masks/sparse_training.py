@@ -109,35 +109,42 @@ class GradualPruning:
         self._reached = float(tensors["density"]) if "density" in tensors else None
 
 
-def regrown(mask: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, share: float) -> torch.Tensor:
-    """A mask of as many entries: the `share` of its own with the smallest |W| gives way to those with the largest |g|.
+def regrown(
+    mask: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, share: float, count: int | None = None
+) -> torch.Tensor:
+    """A mask of `count` entries (None: as many as it has): the `share` of its own with the smallest |W| gives way to
+    those with the largest |g|; where the count falls by more than the share, nothing grows.
 
     >>> kept = torch.tensor([True, True, False, False])
     >>> W, g = torch.tensor([3.0, 1, 0, 0]), torch.tensor([0.0, 1, 2, 5])
     >>> regrown(kept, W, g, 0.5)
     tensor([ True, False, False,  True])
     """
-    kept, changed = _without_smallest(mask, weight, share)
-    return kept | largest(gradient.abs().float().masked_fill(kept, -1.0), changed)
+    kept, grown = _without_smallest(mask, weight, share, count)
+    return kept | largest(gradient.abs().float().masked_fill(kept, -1.0), grown)
 
 
-def _without_smallest(mask: torch.Tensor, weight: torch.Tensor, share: float) -> tuple[torch.Tensor, int]:
-    """The mask without the `share` of its entries with the smallest magnitudes, and how many those are."""
-    count = int(mask.sum())
-    changed = min(round(share * count), mask.numel() - count)
-    return largest(weight.abs().float().masked_fill(~mask, -1.0), count - changed), changed
+def _without_smallest(
+    mask: torch.Tensor, weight: torch.Tensor, share: float, count: int | None = None
+) -> tuple[torch.Tensor, int]:
+    """The mask without the `share` of its entries with the smallest magnitudes, or more of them, and how many others
+    it lacks to `count`."""
+    now = int(mask.sum())
+    count = now if count is None else count
+    left = min(now - min(round(share * now), mask.numel() - now), count)
+    return largest(weight.abs().float().masked_fill(~mask, -1.0), left), count - left
 
 
 @dataclass
 class DynamicSparsity:
-    """A random mask at first; every `every` update steps each tensor drops its smallest weights and grows as many
-    others.
+    """A random mask at first; every `every` update steps each tensor drops its smallest weights and grows others.
 
-        dropped: the drop(t) share of its weights with the smallest magnitudes
-        grown: as many of the others (those just dropped included), by `grow`; they start at zero
+        dropped: the drop(t) share of its weights with the smallest magnitudes, more where the density falls by more
+        grown: of the others (those just dropped included), by `grow`, as many as the density wants; they start at zero
 
     Args:
-        density: share kept over all targets together, in (0, 1].
+        density: share kept over all targets together, in (0, 1], or its schedule, which is followed where the mask
+            changes.
         drop: share dropped, in [0, 1].
         grow: "gradient": those with the largest |g|, g at the sparse network; "random".
         every: update steps between two changes, >= 1.
@@ -146,9 +153,12 @@ class DynamicSparsity:
         target: as of `targets`.
 
     Cost: the mask; two selections per tensor in a step that changes it.
+
+    Source: Evci et al. 2020; Mocanu et al. 2018; with a falling density, as Liu et al., "Sparse Training via Boosting
+    Pruning Plasticity with Neuroregeneration", NeurIPS 2021, who prune to it over the whole network first.
     """
 
-    density: float
+    density: Value
     drop: Value
     grow: Literal["gradient", "random"]
     every: int = 100
@@ -173,34 +183,40 @@ class DynamicSparsity:
         self._changed = True
 
     def _first(self, info: StepInfo, found: Tensors) -> Masks:
-        shapes = {name: p.shape for name, p in found.items()}
-        densities = dict.fromkeys(shapes, self.density)
-        if self.distribution == "erk":
-            densities = erdos_renyi(shapes, self.density)
         drawn = StepInfo(0, info.max_steps, info.seed)
+        counts = self._counts(info, {name: p.shape for name, p in found.items()})
         return {
-            name: random_entries(shape, kept_count(densities[name], shape.numel()), drawn.random_seed("sparse", name))
-            for name, shape in shapes.items()
+            name: random_entries(found[name].shape, count, drawn.random_seed("sparse", name))
+            for name, count in counts.items()
         }
+
+    def _counts(self, info: StepInfo, shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+        """How many entries of each tensor the density keeps."""
+        density = self.density(info)
+        densities = dict.fromkeys(shapes, density)
+        if self.distribution == "erk":
+            densities = erdos_renyi(shapes, density)
+        return {name: kept_count(densities[name], shape.numel()) for name, shape in shapes.items()}
 
     def __call__(self, info: StepInfo, gradients: Tensors, parameters: Tensors) -> Masks:
         """The mask; a new one where a period has ended."""
         present = {name: mask.to(gradients[name].device) for name, mask in self.masks.items() if name in gradients}
         period = info.step // self.every
         if period > self._period and info.step < self.until * info.max_steps:
-            present = {n: self._redraw(n, info, m, parameters[n], gradients[n]) for n, m in present.items()}
+            counts = self._counts(info, {name: mask.shape for name, mask in self.masks.items()})
+            present = {n: self._redraw(n, info, m, parameters[n], gradients[n], counts[n]) for n, m in present.items()}
             self._period, self._changed = period, True
         self.masks |= present
         return present
 
     def _redraw(
-        self, name: str, info: StepInfo, mask: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor
+        self, name: str, info: StepInfo, mask: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, count: int
     ) -> torch.Tensor:
         if self.grow == "gradient":
-            return regrown(mask, weight, gradient, self.drop(info))
-        kept, changed = _without_smallest(mask, weight, self.drop(info))
+            return regrown(mask, weight, gradient, self.drop(info), count)
+        kept, lacking = _without_smallest(mask, weight, self.drop(info), count)
         free = (~kept).flatten().nonzero().flatten()
-        chosen = random_entries(free.shape, changed, info.random_seed("grow", name))
+        chosen = random_entries(free.shape, lacking, info.random_seed("grow", name))
         grown = kept.flatten()
         grown[free[chosen.to(free.device)]] = True
         return grown.view(mask.shape)

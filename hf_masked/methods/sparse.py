@@ -29,19 +29,18 @@ _EVCI = {"name": "cosine", "start": 0.3, "end": 0.0, "until": 0.75}
 
 
 def _dynamic(
-    density: float, drop: Spec, grow: Any, every: int, until: float, distribution: Distribution, target: str | None
+    density: Spec, drop: Spec, grow: Any, every: int, until: float, distribution: Distribution, target: str | None
 ) -> Method:
-    check(isinstance(density, int | float) and 0 < density <= 1, "density", density, "a number in (0, 1]")
     check(isinstance(until, int | float) and 0 < until <= 1, "until", until, "a number in (0, 1]")
     check_count("every", every)
     check_choice("distribution", distribution, ("erk", "uniform"))
     check_pattern(target, "target")
     value = make_value(drop, "drop", 0, 1)
-    return both(DynamicSparsity(density, value, grow, every, until, distribution, target), "reset")
+    return both(DynamicSparsity(density_value(density), value, grow, every, until, distribution, target), "reset")
 
 
 def rigl(
-    density: float = 0.2,
+    density: Spec = 0.2,
     drop: Spec | None = None,
     every: int = 100,
     until: float = 0.75,
@@ -51,15 +50,16 @@ def rigl(
     """RigL: sparse from the beginning; the smallest weights give way to those with the largest gradients.
 
     (dx, p) = (-(1 - m) x, m). Evci et al. 2020: every 100 steps until 3/4 of the run, `drop` a cosine from 0.3 to 0,
-    Erdős-Rényi densities. No extra pass, dense gradients; memory: the mask, saved in checkpoints. The saved model is
-    sparse. Known: needs longer training than a dense network; no faster here, since products stay dense. Deviation:
-    the step that changes the mask also trains, under the new one. `target` as of gmp.
+    Erdős-Rényi densities; a schedule of `density` is followed where the mask changes (falling, it is gradual pruning
+    with regrowth, Liu et al. 2021). No extra pass, dense gradients; memory: the mask, saved in checkpoints. The saved
+    model is sparse. Known: needs longer training than a dense network; no faster here, since products stay dense.
+    Deviation: the step that changes the mask also trains, under the new one. `target` as of gmp.
     """
     return _dynamic(density, _EVCI if drop is None else drop, "gradient", every, until, distribution, target)
 
 
 def set_(
-    density: float = 0.2,
+    density: Spec = 0.2,
     drop: Spec = 0.3,
     every: int = 100,
     until: float = 1.0,
