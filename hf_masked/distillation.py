@@ -102,22 +102,27 @@ def divergence(
     scaled = student.float() if temperature == 1.0 else student.float() / temperature  # not one more copy to keep
     if kind == "labels":
         sides = ((sign * teaching.values, sign * scaled) for sign in (1, -1))  # yes and no
-        yes, no = (q.sigmoid() * (F.logsigmoid(q) - F.logsigmoid(p)) for q, p in sides)
+        yes, no = (_terms(q.sigmoid(), F.logsigmoid(q), F.logsigmoid(p)) for q, p in sides)
         return (yes + no).mean(-1) * temperature**2
     log_p = scaled.log_softmax(-1)
     picked = log_p.gather(-1, teaching.indices.long())
     if teaching.rest is None:
         log_q = teaching.values.log_softmax(-1)
-        kl = (log_q.exp() * (log_q - picked)).sum(-1)
+        kl = _terms(log_q.exp(), log_q, picked).sum(-1)
     else:
         total = torch.logaddexp(teaching.values.logsumexp(-1), teaching.rest)
         log_q, log_q_rest = teaching.values - total[..., None], teaching.rest - total
         # the student's share of the other classes, bounded away from log(0) where its top-k take everything
         p_rest = (1 - picked.exp().sum(-1)).clamp(min=1e-6)
         q_rest = log_q_rest.exp()
-        kl = (log_q.exp() * (log_q - picked)).sum(-1)
+        kl = _terms(log_q.exp(), log_q, picked).sum(-1)
         kl = kl + torch.where(q_rest > 0, q_rest * (log_q_rest - p_rest.log()), torch.zeros_like(q_rest))
     return kl * temperature**2
+
+
+def _terms(q: torch.Tensor, log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """q (log q - log p), 0 where q is, whatever p (as of classes that a model rules out by -inf)."""
+    return q * (log_q - log_p).masked_fill(log_q == -torch.inf, 0.0)
 
 
 def trained_positions(inputs: Mapping[str, Any], logits: torch.Tensor, shifted: bool) -> torch.Tensor | None:

@@ -76,12 +76,8 @@ class RidingMixin(UpdateStepMixin):
             info = replace(step.info, update=update, turn=self._core.turn(step.info.step) + update - 1)
             batch = self._core.replay.draw(info) if update > 1 and self._core.replay.batches else newest
             self._step = UpdateStep(info, phase)
-            try:
-                with own_random_stream(info.random_seed("core_update"), self.args.device):
-                    self._core_update(phase, batch)
-            except BaseException:
-                self._abandon_step()
-                raise
+            with own_random_stream(info.random_seed("core_update"), self.args.device):
+                self._core_update(phase, batch)
         self._step = None
         self._use(self._full)
         self.current_gradient_accumulation_steps = held

@@ -35,11 +35,7 @@ class UpdateStepMixin(WatchedStepMixin):
             return super().training_step(model, inputs, num_items_in_batch)
         if self._step is None:
             self._begin_step(inputs)
-        try:
-            return self._first_update(model, inputs, num_items_in_batch)
-        except BaseException:
-            self._abandon_step()
-            raise
+        return self._first_update(model, inputs, num_items_in_batch)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         try:

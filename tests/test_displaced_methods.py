@@ -68,6 +68,13 @@ def test_every_card_says_what_it_has_to(name: str) -> None:
     make_method(name, **PRESETS[name])
 
 
+def test_a_count_and_a_share_are_not_mixed() -> None:
+    """8 columns, falling to a share of a half: what 3.2 on the way would be is anyone's guess."""
+    with pytest.raises(ValueError, match="got k=8; needs integers >= 1, or shares"):
+        make_method("meprop", k={"name": "linear", "start": 8, "end": 0.5})
+    make_method("meprop", k={"name": "linear", "start": 1, "end": 0.5})
+
+
 @pytest.mark.parametrize(("name", "option", "value"), [("sam", "rho", -1), ("meprop", "k", 1.5), ("dpf", "sparsity", 2),
                                                        ("quantize", "to", "int2"), ("stale", "tau", 0.5)])  # fmt: skip
 def test_options_out_of_range_are_refused(name: str, option: str, value: Any) -> None:

@@ -83,6 +83,24 @@ def test_gradient_pulls_the_student_only(k: int) -> None:
         torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [4, CLASSES])
+def test_classes_that_both_rule_out_say_nothing(k: int) -> None:
+    """Logits of -inf, as of a vocabulary filled up to a round number: the divergence over the others, and its gradient."""
+    out = torch.arange(CLASSES) >= 8
+    teacher, student = logits(0).masked_fill(out, -torch.inf), logits(1).masked_fill(out, -torch.inf).requires_grad_()
+    fewer = logits(1)[..., :8].clone().requires_grad_()
+    found = divergence(student, Teaching.from_logits(teacher, k, 1.0, torch.tensor(0.0)), 1.0)
+    expected = divergence(fewer, Teaching.from_logits(logits(0)[..., :8], min(k, 8), 1.0, torch.tensor(0.0)), 1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(student.grad[..., :8], fewer.grad, rtol=1e-4, atol=1e-5)  # type: ignore[index]
+    assert not student.grad[..., 8:].any()  # type: ignore[index]
+    ruled_out = torch.tensor([[-torch.inf, 1.0]])
+    apart = divergence(ruled_out, Teaching.from_logits(ruled_out, 2, 1.0, torch.tensor(0.0)), 1.0, "labels")
+    assert apart.item() == 0.0
+
+
 def test_only_positions_with_a_label_are_compared() -> None:
     batch = {"labels": torch.tensor([[-100, 3, -100, 5]])}
     out = torch.zeros(1, 4, CLASSES)
