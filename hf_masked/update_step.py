@@ -136,18 +136,34 @@ class UpdateStepMixin(WatchedStepMixin):
     def _core_forward_backward(
         self, inputs: Any, num_items: Any, phase: Phase, teaching: Teaching | None, last: bool
     ) -> torch.Tensor:
-        """Forward and backward of one microbatch, the last of its update or not, through the core at the size of the
-        update."""
+        """Forward and backward of one microbatch, the last of its update or not, through the core at the sizes of the
+        update, the largest last: its gradients are those that travel, with what the others have left there."""
         core = self._the_core()
-        with core.at_rung(core.rung(self._now().info)):
+        *smaller, largest = core.rungs_of(self._now().info)
+        share = 1 / (1 + len(smaller))
+        part = replace(phase, loss_weight=share * phase.loss_weight) if smaller else phase
+        losses = []
+        for rung in smaller:
+            with core.at_rung(rung), self._core_backward(core.model, last=False):
+                losses.append(self._forward_backward(core.model, inputs, num_items, part, "core", teaching, share))
+        with core.at_rung(largest):
             network = self._reduced_core(inputs, num_items, phase, teaching)
             with self._core_backward(network, last):
-                return self._forward_backward(network, inputs, num_items, phase, "core", teaching)
+                losses.append(self._forward_backward(network, inputs, num_items, part, "core", teaching, share))
+        return torch.stack(losses).sum() if smaller else losses[0]
 
     def _forward_backward(
-        self, model: Any, inputs: Any, num_items: Any, phase: Phase, network: str, teaching: Teaching | None = None
+        self,
+        model: Any,
+        inputs: Any,
+        num_items: Any,
+        phase: Phase,
+        network: str,
+        teaching: Teaching | None = None,
+        share: float = 1.0,
     ) -> torch.Tensor:
-        """Forward and backward of one microbatch through one network, at x + dx where the phase perturbs."""
+        """Forward and backward of one microbatch through one network, at x + dx where the phase perturbs. Its loss is
+        such a share of the update's."""
         step = self._now()
         learners = self._cores if phase.network == "sum" else [run for run, _ in step.rides]
         teaches = network == "full" and any(run.learns for run in learners)
@@ -163,8 +179,9 @@ class UpdateStepMixin(WatchedStepMixin):
                 raise behind_the_mixin(self, "compute_loss", "which the cores are taught and both losses are read by")
             # Trainer may have divided the loss by the number of microbatches; the label loss alone follows suit
             label_loss = loss if network == "full" else under_way.label_loss * (loss / under_way.total_loss)  # type: ignore[operator]
+            label_loss = label_loss if share == 1 else share * label_loss
             name = self._core.name if network == "core" else network
-            self._meter.add(f"loss_{name}", label_loss, 1 / self.current_gradient_accumulation_steps)
+            self._meter.add(f"loss_{name}", label_loss, share / self.current_gradient_accumulation_steps)
             return label_loss  # which `train_loss` is the mean of
         return loss
 

@@ -30,7 +30,7 @@ from hf_masked import (
     split,
 )
 from hf_masked.cores import LowRankCore
-from hf_masked.cores.ladder import choose_rung
+from hf_masked.cores.ladder import choose_rungs
 from hf_masked.schedules import make_schedule
 
 RANKS = [1, 2, 4]
@@ -130,15 +130,15 @@ def test_a_rank_that_the_core_does_not_hold_is_refused(rank: float) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_sandwich_takes_smallest_and_largest_in_every_cycle_and_all_between_over_time(count: int) -> None:
-    drawn = [choose_rung(count, "sandwich", StepInfo(t // 2, 99, seed=3, update=t % 2, turn=t)) for t in range(90)]
+    drawn = [choose_rungs(count, "sandwich", StepInfo(t // 2, 99, seed=3, update=t % 2, turn=t))[0] for t in range(90)]
     period = min(count, 3)
     for start in range(0, 90, period):
         assert {0, count - 1} <= set(drawn[start : start + period])
     assert set(drawn) == set(range(count))
     # of the turn and the seed alone, so that a resumed run draws the same
-    assert drawn == [choose_rung(count, "sandwich", StepInfo(7, 99, seed=3, turn=t)) for t in range(90)]
+    assert drawn == [choose_rungs(count, "sandwich", StepInfo(7, 99, seed=3, turn=t))[0] for t in range(90)]
     if count > 1:
-        assert drawn != [choose_rung(count, "sandwich", StepInfo(0, 99, seed=4, turn=t)) for t in range(90)]
+        assert drawn != [choose_rungs(count, "sandwich", StepInfo(0, 99, seed=4, turn=t))[0] for t in range(90)]
 
 
 @pytest.mark.parametrize("coupling", ["free", "shared"])
@@ -237,10 +237,11 @@ def test_fractions_are_of_each_layer_and_name_their_folder(tmp_path: Path) -> No
             assert get_core(model).model.get_submodule(path).active_rank == expected
 
 
-def test_a_resumed_ladder_goes_on_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampling", ["sandwich", "sandwich_sum"])
+def test_a_resumed_ladder_goes_on_bit_for_bit(tmp_path: Path, sampling: str) -> None:
     options: dict[str, Any] = {"schedule": RIDE, "save_strategy": "steps", "save_steps": 4}
-    whole = fit(tmp_path, ladder(), **options)
-    resumed = fit(tmp_path, ladder(seed=5), resume=tmp_path / "checkpoint-4", **options)
+    whole = fit(tmp_path, ladder(rung_sampling=sampling), **options)
+    resumed = fit(tmp_path, ladder(seed=5, rung_sampling=sampling), resume=tmp_path / "checkpoint-4", **options)
     assert difference(values(get_core(resumed.model).model), values(get_core(whole.model).model)) is None
     with pytest.raises(ValueError, match="ladder"):
         fit(tmp_path, ladder(rung_sampling="round_robin"), resume=tmp_path / "checkpoint-4", **options)

@@ -43,6 +43,7 @@ runs = {
     "activation": {"core": "low_rank", "core_config": {"rank": 4, "init": "activation"}, "schedule": {"name": "ride_along", "start": 2}},
     "ranks": {"core": "low_rank", "core_config": {"ranks": [1, 2, 4]}, "schedule": ride},
     "widths": {"core": "width", "core_config": {"neurons": [0.25, 0.5]}, "schedule": ride},
+    "summed": {"core": "width", "core_config": {"neurons": [0.25, 0.5, 0.75], "rung_sampling": "sandwich_sum"}, "schedule": ride},
     "depths": {"core": "depth", "core_config": {"keep": [[1], [1, 2]]}, "schedule": ride},
     "layer_drop": {"method": "layer_drop", "method_config": {"keep": 0.5}},
     "alternate": core | {"schedule": "alternate"},
@@ -90,7 +91,7 @@ PartialState().destroy_process_group()
 
 
 NAMES = [
-    "ride", "several", "turns", "activation", "ranks", "widths", "depths", "layer_drop", "alternate", "sum", "random", "sam", "sam_of_all", "sam_of_cores", "drop_connect", "badam", "again", "lisa", "topk_ef",
+    "ride", "several", "turns", "activation", "ranks", "widths", "summed", "depths", "layer_drop", "alternate", "sum", "random", "sam", "sam_of_all", "sam_of_cores", "drop_connect", "badam", "again", "lisa", "topk_ef",
 ]  # fmt: skip
 
 

@@ -230,8 +230,12 @@ class Core(ABC):
         return {}
 
     def rung(self, info: StepInfo) -> Rung | None:
-        """What a core update runs at, as `at_rung` takes it; None for the whole core."""
+        """What a core update runs at, as `at_rung` takes it; None for the whole core. The largest of several."""
         return None
+
+    def rungs_of(self, info: StepInfo) -> list[Rung | None]:
+        """All that a core update runs at, increasing, each inside the next; it goes by the mean of their gradients."""
+        return [self.rung(info)]
 
     @contextmanager
     def at_rung(self, rung: Rung | None) -> Iterator[None]:

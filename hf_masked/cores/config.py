@@ -30,7 +30,8 @@ class LowRankCoreConfig(CoreConfig):
         ranks: in place of `rank`: a ladder of nested ranks in one core, increasing, all ints or all fractions. The
             largest is the core; every core update runs at one of them, with the leading rows of A and columns of B
             alone, and each is evaluated (`eval_core_r8_loss`) and exported (`core-r8/`).
-        rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
+        rung_sampling: which of them a core update runs at: "sandwich", "sandwich_sum" or "round_robin"; see
+            `ladder.choose_rungs`.
         target_modules: which linear maps; a list of names (suffixes of module paths), a regular expression that has to
             match the whole path, or "all-linear": every nn.Linear and Conv1D but heads and tied weights. PEFT's
             semantics. A head that is named is factorised in the core even where its weight is tied to the embedding,

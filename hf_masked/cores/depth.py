@@ -42,7 +42,8 @@ class DepthCoreConfig(CoreConfig):
             last is the core, a shallower rung has some of its blocks (of a fraction, spread evenly over them). Every
             core update runs at one of them, and each is evaluated (`eval_core_k0.25_loss`; of a list, k and its
             length) and exported (`core-k0.25/`).
-        rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
+        rung_sampling: which of them a core update runs at: "sandwich", "sandwich_sum" or "round_robin"; see
+            `ladder.choose_rungs`.
         coupling: "free" (copies of what is kept) or "shared" (the full network's own parameters: a core step is the
             template with dx = - all that the dropped blocks add, p = 0 on them; where a block ends in a norm (BERT,
             BART), which is not one of 0, the core leaves that out too and is no displaced full network).

@@ -14,8 +14,8 @@ import torch
 from ..types import StepInfo
 from .base import require
 
-RungSampling = Literal["sandwich", "round_robin"]
-RUNG_SAMPLINGS: tuple[RungSampling, ...] = ("sandwich", "round_robin")
+RungSampling = Literal["sandwich", "sandwich_sum", "round_robin"]
+RUNG_SAMPLINGS: tuple[RungSampling, ...] = ("sandwich", "sandwich_sum", "round_robin")
 
 
 def check_sampling(sampling: str) -> None:
@@ -24,7 +24,7 @@ def check_sampling(sampling: str) -> None:
     Raises: ValueError.
     """
     require(sampling in RUNG_SAMPLINGS, "rung_sampling", sampling, f"one of {RUNG_SAMPLINGS}",
-            "it says which rung a core update runs at")  # fmt: skip
+            "it says which rungs a core update runs at")  # fmt: skip
 
 
 def check_ranks(ranks: list[int] | list[float], sampling: str, beside: Mapping[str, tuple[Any, Any]]) -> None:
@@ -69,26 +69,33 @@ def rung_values(options: Mapping[str, tuple[Any, bool]]) -> list[dict[str, Any]]
     return [{name: value[i] if many else value for name, (value, many) in options.items()} for i in rungs]
 
 
-def choose_rung(rungs: int, sampling: RungSampling, info: StepInfo) -> int:
-    """Which of `rungs` rungs, from the smallest at 0, a core update runs at; a function of (seed, turn) alone.
+def choose_rungs(rungs: int, sampling: RungSampling, info: StepInfo) -> tuple[int, ...]:
+    """Which of `rungs` rungs, from the smallest at 0, a core update runs at, increasing; a function of (seed, turn)
+    alone.
 
     Args:
         rungs: how many there are, >= 1.
         sampling: "sandwich": every three core updates are of the smallest, the largest and a random one between, in
-            random order (every two are of both, where there are two); "round_robin": each in turn, from the largest.
+            random order (every two are of both, where there are two); "sandwich_sum": every update is of all three,
+            by the mean of their gradients; "round_robin": each in turn, from the largest.
         info: of the update; its `turn` counts core updates.
 
-    Source: the sandwich rule of Yu and Huang, "Universally Slimmable Networks", ICCV 2019. Deviation: they sum the
-        gradients of all three in one update; here each is an update of its own, so a rung's moments are of its own
-        gradients.
+    Source: the sandwich rule of Yu and Huang, "Universally Slimmable Networks", ICCV 2019, who sum three gradients or
+        more in one update. Deviations: "sandwich" makes an update of each, so a rung's moments are of its own
+        gradients, and a step costs a third; "sandwich_sum" divides by their number, so the learning rate keeps its
+        meaning, and no rung teaches another (`distill_weight` lets the full network teach all).
 
-    >>> [choose_rung(4, "round_robin", StepInfo(0, 9, turn=t)) for t in range(5)]
-    [3, 2, 1, 0, 3]
+    >>> [choose_rungs(4, "round_robin", StepInfo(0, 9, turn=t)) for t in range(5)]
+    [(3,), (2,), (1,), (0,), (3,)]
     """
     if sampling == "round_robin":
-        return rungs - 1 - info.turn % rungs
+        return (rungs - 1 - info.turn % rungs,)
     cycle, place = divmod(info.turn, min(rungs, 3))
+    if sampling == "sandwich_sum":
+        cycle = info.turn
     draws = replace(info, step=cycle, update=0).generator("rungs")
     order = torch.randperm(min(rungs, 3), generator=draws)
     between = int(torch.randint(1, rungs - 1, (), generator=draws)) if rungs > 2 else 0
-    return (0, rungs - 1, between)[int(order[place])]
+    if sampling == "sandwich_sum":
+        return tuple(sorted({0, between, rungs - 1}))
+    return ((0, rungs - 1, between)[int(order[place])],)

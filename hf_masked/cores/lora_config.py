@@ -39,7 +39,8 @@ class LoraCoreConfig(CoreConfig):
             core update runs at one of them, with the leading rows of A and columns of B alone, and each is evaluated
             (`eval_core_r4_loss`) and exported as an adapter of its own (`adapter-r4/`). All have the scale s of the
             largest.
-        rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
+        rung_sampling: which of them a core update runs at: "sandwich", "sandwich_sum" or "round_robin"; see
+            `ladder.choose_rungs`.
         lora_alpha: alpha > 0 of the scale s = alpha / r.
         target_modules: which linear maps; a list of names (suffixes of module paths), a regular expression that has to
             match the whole path, "all-linear" (all but the output head), or None for PEFT's choice for the

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..types import Mask, StepInfo
 from .base import Rung
-from .ladder import RungSampling, choose_rung
+from .ladder import RungSampling, choose_rungs
 from .linear import MergingCore
 
 
@@ -89,9 +89,12 @@ class RankLadder(MergingCore):
         return {f"r{rank}": rank for rank in self._rungs[:-1]}
 
     def rung(self, info: StepInfo) -> Rung | None:
+        return self.rungs_of(info)[-1]
+
+    def rungs_of(self, info: StepInfo) -> list[Rung | None]:
         if not self.nested:
-            return None
-        return self._rungs[choose_rung(len(self._rungs), self._rung_sampling, info)]
+            return [None]
+        return [self._rungs[chosen] for chosen in choose_rungs(len(self._rungs), self._rung_sampling, info)]
 
     def ranks_at(self, rung: Rung | None) -> dict[str, int]:
         """Module path -> rank of the part of that rank; a layer that holds less has what it holds.

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..types import Mask, StepInfo
 from .base import Core, CoreConfig, Rung, tables
 from .cutting import Cutting, Part
-from .ladder import RungSampling, choose_rung
+from .ladder import RungSampling, choose_rungs
 from .modules import parameter_sites
 
 Changes = dict[str, dict[str, Any]]
@@ -81,10 +81,13 @@ class ResizedCore(Core):
         return {name: name for name in self.rungs}
 
     def rung(self, info: StepInfo) -> Rung | None:
+        return self.rungs_of(info)[-1]
+
+    def rungs_of(self, info: StepInfo) -> list[Rung | None]:
         if not self.rungs:
-            return None
+            return [None]
         sampling: RungSampling = self.config.rung_sampling  # type: ignore[attr-defined]
-        return [*self.rungs, None][choose_rung(1 + len(self.rungs), sampling, info)]
+        return [[*self.rungs, None][chosen] for chosen in choose_rungs(1 + len(self.rungs), sampling, info)]
 
     @contextmanager
     def at_rung(self, rung: Rung | None) -> Iterator[None]:

@@ -27,7 +27,8 @@ class WidthCoreConfig(CoreConfig):
             A list of either, or of both, is a ladder of nested widths in one core, increasing: the last is the core, a
             narrower rung has the first of its neurons and heads. Every core update runs at one of them, and each is
             evaluated (`eval_core_n0.25_loss`) and exported (`core-n0.25/`).
-        rung_sampling: which of them a core update runs at, "sandwich" or "round_robin"; see `ladder.choose_rung`.
+        rung_sampling: which of them a core update runs at: "sandwich", "sandwich_sum" or "round_robin"; see
+            `ladder.choose_rungs`.
         order: which are kept: "first", or "magnitude": those of the largest weights. With coupling "shared" the full
             network's are put in that order once, which leaves its function as it was (to rounding).
         coupling: "free" (copies of what is kept) or "shared" (the core multiplies slices of the full network's own

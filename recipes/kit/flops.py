@@ -93,7 +93,7 @@ def ladder_costs(full: PreTrainedModel, batches: Sequence[dict[str, Any]], name:
     core = get_core(full, name)
     if not core.nested:
         return step_costs(full, core.model, batches)
-    drawn = Counter(core.rung(StepInfo(0, 1, turn=turn)) for turn in range(DRAWN))
+    drawn = Counter(rung for turn in range(DRAWN) for rung in core.rungs_of(StepInfo(0, 1, turn=turn)))
     costs = {}
     for rung in drawn:
         with core.at_rung(rung):
