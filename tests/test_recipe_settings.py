@@ -54,6 +54,15 @@ def test_a_preset_or_another_core_beats_what_the_file_says_of_it() -> None:
     assert same.core_config == {"rank": 0.125}, "the file's core, named again"
 
 
+def test_a_pretrained_model_beats_what_the_file_says_of_a_new_one() -> None:
+    args, training = parse(TYPES, [QUICKSTART, "--model_name_or_path", "some/model"], "")
+    assert (args.vocab_size, args.model_type, args.model_config) == (4096, None, None) and training.max_steps == 400
+    new, _ = parse(TYPES, [QUICKSTART], "")
+    assert new.vocab_size == 2048 and new.model_type == "llama", "negative control"
+    with pytest.raises(ValueError, match=r"'--vocab_size'\] with --model_name_or_path"):
+        parse(TYPES, [QUICKSTART, "--model_name_or_path", "some/model", "--vocab_size", "400"], "")
+
+
 def test_mistakes_on_the_command_line_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got '--max_stepz'.*perhaps '--max_steps' is meant"):
         parse(TYPES, [QUICKSTART, "--max_stepz", "5"], "")

@@ -14,6 +14,9 @@ from transformers import HfArgumentParser
 from hf_masked.argument_checks import PAPER
 from hf_masked.typed import json_object
 
+# settings of a model, and of a tokenizer, that are made anew
+OF_NEW_MODELS = ("vocab_size", "model_type", "model_config")
+
 
 @dataclass
 class RecipeArguments:
@@ -100,7 +103,8 @@ def parse(types: Sequence[type], argv: Sequence[str], description: str, **defaul
     """Parse `[config.yaml] [--flag value ...]` into one object per dataclass in `types`.
 
     A flag beats the file, the file beats `defaults`, and these beat the defaults of the dataclasses. A flag that names another
-    core, or the preset "paper", also beats what the file says of the core, or of what the preset fixes.
+    core, the preset "paper" or a pretrained model also beats what the file says of the core, of what the preset fixes, or of
+    new models.
     """
     parser = HfArgumentParser(
         list(types),  # type: ignore[arg-type]
@@ -111,6 +115,7 @@ def parse(types: Sequence[type], argv: Sequence[str], description: str, **defaul
     parser.set_defaults(**defaults)
     known = {action.dest for action in parser._actions}
     fixed = {name: parser.get_default(name) for name in PAPER if name in known}
+    of_new = {name: parser.get_default(name) for name in OF_NEW_MODELS if name in known}
     flags = list(argv)
     if flags and not flags[0].startswith("-"):
         parser.set_defaults(**_read_settings(flags.pop(0), known))
@@ -122,6 +127,8 @@ def parse(types: Sequence[type], argv: Sequence[str], description: str, **defaul
         parser.set_defaults(core_config=None)
     if "preset" in given and asked.preset == "paper":
         parser.set_defaults(**fixed)
+    if "model_name_or_path" in given:
+        parser.set_defaults(**of_new)
     *parsed, unread = parser.parse_args_into_dataclasses(
         flags, return_remaining_strings=True, look_for_args_file=False
     )

@@ -9,7 +9,7 @@ from typing import Any
 from hf_masked.checkpoints import last_complete_checkpoint
 from hf_masked.export import check_writable
 
-from .arguments import RecipeArguments
+from .arguments import OF_NEW_MODELS, RecipeArguments
 from .processes import writes
 
 
@@ -67,11 +67,7 @@ def refuse_unread(given: Mapping[str, bool], where: str, needs: str) -> None:
 
 def of_new_models(args: RecipeArguments) -> dict[str, bool]:
     """The flags of a model, and of a tokenizer, that are made anew, and which of them were given."""
-    return {
-        "--vocab_size": args.vocab_size != RecipeArguments.vocab_size,
-        "--model_type": args.model_type is not None,
-        "--model_config": args.model_config is not None,
-    }
+    return {f"--{name}": getattr(args, name) != getattr(RecipeArguments, name) for name in OF_NEW_MODELS}
 
 
 def _of_comparisons(args: RecipeArguments) -> dict[str, bool]:
