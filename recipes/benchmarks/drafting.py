@@ -36,7 +36,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--prompt_tokens", type=int, default=16, help="tokens of each prompt")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens to generate for each")
     parser.add_argument(
-        "--dtype", default="float32", help="of weights and products; rounding may part the outputs of bfloat16"
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="of weights and products; rounding may part the outputs of bfloat16",
     )
     parser.add_argument("--output_dir", help="where table.md and results.json go")
     args = parser.parse_args(argv)

@@ -56,10 +56,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rounds", type=int, default=20, help="how often each is timed")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1], help="sequences at once")
     parser.add_argument(
-        "--dtype", default="float32" if DEVICE == "cpu" else "bfloat16", help="of weights and products"
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32" if DEVICE == "cpu" else "bfloat16",
+        help="of weights and products",
     )
     parser.add_argument("--cuda_graphs", action="store_true", help="time one token as a CUDA graph as well")
-    parser.add_argument("--cores", type=json.loads, help="JSON: name -> kind and options of a core")
+    parser.add_argument("--cores", type=cores, help="JSON: name -> kind and options of a core")
     parser.add_argument("--output_dir", help="where table.md and results.json go")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -74,6 +77,24 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         results = {"rows": rows, "options": vars(args), "versions": versions(), "hardware": where}
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return rows
+
+
+def cores(text: str) -> dict[str, dict[str, Any]]:
+    """Read JSON of name -> kind and options.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    try:
+        found = json.loads(text)
+        kinds = {options["kind"] for options in found.values()}
+    except (json.JSONDecodeError, AttributeError, TypeError, KeyError):
+        kinds = {None}
+    if not kinds <= CORE_KINDS.keys():
+        raise argparse.ArgumentTypeError(
+            f'got {text!r}; needs JSON such as {{"half": {{"kind": "depth", "keep": 0.5}}}}, with a kind of '
+            f"{sorted(CORE_KINDS)} in each, because a core is made of it"
+        )
+    return dict(found)
 
 
 def full_model(width: int, args: argparse.Namespace) -> PreTrainedModel:
