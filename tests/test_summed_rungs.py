@@ -78,7 +78,7 @@ def test_an_update_goes_by_the_mean_of_three_gradients(
         expected = before[n] - 0.1 * mean if n in trained else before[n]
         torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-7)  # the loss is of float32 logits
     of_largest = [before[n] - 0.1 * each[-1][0][n] for n in sorted(trained)]
-    now = [core.all_parameters()[n] for n in sorted(trained)]
+    now = [core.all_parameters()[n].detach() for n in sorted(trained)]
     assert max(float((a - b).abs().max()) for a, b in zip(of_largest, now, strict=True)) > 1e-5, "negative control"
     logged = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
     assert logged == pytest.approx(sum(loss for _, loss in each) / len(each), rel=1e-4)
