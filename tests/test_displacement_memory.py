@@ -10,7 +10,7 @@ import torch
 from architectures import architecture
 from held_bytes import Held
 
-from hf_masked import StepInfo
+from hf_masked import StepInfo, displacement
 from hf_masked.displacement import displaced
 from hf_masked.methods import make_method
 
@@ -56,3 +56,24 @@ def test_one_copy_is_held(name: str) -> None:
 def test_what_is_not_given_away_takes_one_tensor_more() -> None:
     """Negative control: of a model whose embeddings are half of it."""
     assert copies("gaussian", given_away=False) > 1.3
+
+
+@pytest.mark.parametrize("given_away", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_parameters_stay_in_their_place(
+    given_away: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator: x + dx in the parameter's memory, and x again, bit for bit, with no more than a copy held."""
+    monkeypatch.setattr(displacement, "_moves", lambda parameter: False)
+    monkeypatch.setattr(displacement, "_AT_ONCE", 1000)
+    parameters = {
+        n: torch.nn.Parameter(torch.randn(shape).to(dtype)) for n, shape in {"a": (300, 70), "b": (7,)}.items()
+    }
+    before = {n: (p.data_ptr(), p.detach().clone()) for n, p in parameters.items()}
+    deltas = {n: (1e8 * torch.randn(p.shape)).to(dtype) for n, p in parameters.items()}
+    expected = {n: before[n][1] + delta for n, delta in deltas.items()}
+    with displaced(parameters, lambda x: deltas, given_away):
+        for n, p in parameters.items():
+            assert torch.equal(p, expected[n]) and p.data_ptr() == before[n][0]
+            assert torch.equal(deltas[n], before[n][1]) is given_away, "dx has become x where it may"
+    assert all(torch.equal(p, before[n][1]) and p.data_ptr() == before[n][0] for n, p in parameters.items())
