@@ -63,10 +63,11 @@ def masked_step(optimizer: torch.optim.Optimizer, wanted: StepMask, room: Room) 
 
     Args: `room`: kept from step to step.
 
-    Cost: of a tensor with few kept entries a search for them and a copy, with their state, stepped apart; of others
-        copies of a part of them at a time (`step_in_pieces`). With "decay", for an optimizer that moves entries by
-        what else is in their tensor (ELEMENTWISE lists those that do not) and for sharded tensors, a search for the
-        held ones and a copy, which is put back. Of a sparse network's tensors neither: what is held is made zero.
+    Cost: of a tensor with few kept entries a search for them and a copy, with their state, stepped apart; of others,
+        and with "decay", a step of all entries and copies of a part of them at a time (`step_in_pieces`). For an
+        optimizer that moves entries by what else is in their tensor (ELEMENTWISE lists those that do not) and for
+        sharded tensors, a search for the held ones and a copy, which is put back. Of a sparse network's tensors
+        neither: what is held is made zero.
 
     Raises: ValueError for "freeze" or "reset" of single entries whose state is not per entry (Adafactor's).
     """
@@ -106,18 +107,19 @@ def _begin(
             around.callback(_zero, optimizer, parameter, kept)
         moving = {}
     around.enter_context(_scaled_rates(optimizer, wanted))
-    elementwise = wanted.state_policy != "decay" and type(optimizer) in ELEMENTWISE
+    elementwise, policy = type(optimizer) in ELEMENTWISE, wanted.state_policy
     # a part cannot be a vector in its tensor's place
     alone = {p: m for p, m in moving.items() if elementwise and own_part(p) is p and p.is_contiguous() and p.ndim}
-    few = {p for (p, m), n in zip(alone.items(), counts(alone.values()), strict=True) if n <= FEW * p.numel()}
+    counted = counts(alone.values()) if policy != "decay" else [p.numel() for p in alone]
+    few = {p for p, n in zip(alone, counted, strict=True) if n <= FEW * p.numel()}
     searched = {p: m if p in few else ~m for p, m in moving.items() if p in few or p not in alone}
     for parameter, at in zip(searched, places(searched.values()), strict=True):
         step = stepped_apart if parameter in few else held_back
-        around.callback(step(optimizer, parameter, at, wanted.state_policy, room, parameter))
+        around.callback(step(optimizer, parameter, at, policy, room, parameter))
     if rest := {p: m for p, m in alone.items() if p not in few}:
         for parameter in rest:
             around.callback(setattr, parameter, "grad", parameter.grad)
-        step_in_pieces(optimizer, rest, wanted.state_policy, room)
+        step_in_pieces(optimizer, rest, policy)
         for parameter in rest:
             parameter.grad = None  # the step to come passes them by
 

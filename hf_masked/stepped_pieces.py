@@ -1,135 +1,213 @@
-"""Steps partly masked tensors piece by piece, so that what is copied for a step is never as much as the tensors.
+"""Steps partly masked tensors a few at a time, large ones piece by piece, and puts back what is held: so copies are
+small.
 
-A piece is a run of a tensor's entries in the same memory, with its gradient and state, as a parameter of its own. A
-few are stepped at a time. For optimizers that move every entry by itself.
+A piece is a run of a tensor's entries in the same memory, with its gradient and state, as a parameter of its own. For
+optimizers that move every entry by itself.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .held_entries import Room, held_back, stepped_apart
-from .masks.entries import counts, places
 from .types import StatePolicy
 
-# of the entries to be stepped, the share that is stepped at a time; and the least that is worth a call
-_AT_A_TIME, _LEAST = 1 / 8, 2**20
+# entries stepped at a time: by each thread of a processor; elsewhere, where a step is long to start, a share of all,
+# and the least that is worth it
+_PER_THREAD = 2**18
+_SHARE, _LEAST = 1 / 8, 2**20
+# entries put back at a time by each thread of a processor: what its cache holds
+_NEAR = 2**16
 # vectorised kernels treat the last few entries of a piece in another way than the rest
 _ALIGNED = 64
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Change = tuple[torch.Tensor, torch.Tensor | None]
 
 
-class _Piece:
-    """Entries [begin, end) of a tensor, and of what belongs to them."""
+def put_back(kept: torch.Tensor, changes: Sequence[Change]) -> None:
+    """Make the first of every pair, bit by bit, what its second is (None: zero) where it is not kept.
+
+    Args: `changes`: contiguous tensors of the shape of `kept`.
+
+    >>> now = torch.tensor([1.0, 2.0, 3.0])
+    >>> put_back(torch.tensor([True, False, True]), [(now, torch.tensor([7.0, 8.0, 9.0]))])
+    >>> now
+    tensor([1., 8., 3.])
+    """
+    if kept.device.type != "cpu" or any(now.is_complex() for now, _ in changes):
+        for now, before in changes:
+            now.masked_fill_(~kept, 0.0) if before is None else torch.where(kept, now, before, out=now)
+        return
+    near = _NEAR * torch.get_num_threads()
+    if kept.numel() <= near:
+        _put_near_back(kept, changes)
+        return
+    flat = [(now.view(-1), None if before is None else before.view(-1)) for now, before in changes]
+    for begin in range(0, kept.numel(), near):
+        span = slice(begin, begin + near)
+        _put_near_back(
+            kept.view(-1)[span], [(now[span], None if before is None else before[span]) for now, before in flat]
+        )
+
+
+def _put_near_back(kept: torch.Tensor, changes: Iterable[Change]) -> None:
+    """By bits, because a processor branches in `where`, which takes several times as long."""
+    bits: dict[torch.dtype, torch.Tensor] = {}
+    for now, before in changes:
+        words = now.view(_WORDS[now.element_size()])
+        if words.dtype not in bits:
+            bits[words.dtype] = kept.to(words.dtype).neg_()
+        if before is None:
+            words.bitwise_and_(bits[words.dtype])
+        else:
+            old = before.view(words.dtype)
+            words.bitwise_xor_(old).bitwise_and_(bits[words.dtype]).bitwise_xor_(old)
+
+
+class _Tensor:
+    """A parameter some of whose entries are held."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch.Tensor):
+        assert parameter.grad is not None
+        parameter.grad = parameter.grad.contiguous()  # torch's fused kernels read it in the parameter's order
+        self.parameter, self._kept = parameter, kept
+        self._state = optimizer.state[parameter]
+        self._before: dict[str, torch.Tensor] = {}
+
+    def begin(self, policy: StatePolicy) -> None:
+        """Remember what is to be put back; "decay" has a gradient of zero there."""
+        self._before = {"": self.parameter.detach().clone()}
+        if policy == "freeze":
+            self._before.update((key, value.clone()) for key, value in self._entries().items())
+        elif policy == "decay":
+            assert self.parameter.grad is not None
+            put_back(self._kept, [(self.parameter.grad, None)])
+
+    def end(self, policy: StatePolicy) -> None:
+        """Put back what is held."""
+        now = {"": self.parameter.detach()} | (self._entries() if policy != "decay" else {})
+        put_back(self._kept, [(value, self._before.get(key)) for key, value in now.items()])
+
+    def _entries(self) -> dict[str, torch.Tensor]:
+        return _per_entry(self._state, self.parameter)
+
+
+class _Piece(_Tensor):
+    """Some entries of a tensor, and of what belongs to it.
+
+    Args: `state`: the tensor's as it is before the step, where every piece of it begins.
+    """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, whole: nn.Parameter, state: Mapping[str, Any], begin: int, end: int
+        self,
+        optimizer: torch.optim.Optimizer,
+        whole: nn.Parameter,
+        kept: torch.Tensor,
+        span: slice,
+        state: Mapping[str, Any],
     ):
-        self._optimizer, self._whole, self._span = optimizer, whole, slice(begin, end)
-        self.parameter = nn.Parameter(whole.data.view(-1)[self._span])
         assert whole.grad is not None
-        self.parameter.grad = whole.grad.reshape(-1)[self._span]
-        optimizer.state[self.parameter] = {
-            key: value.view(-1)[self._span] if _per_entry(value, whole) else value
-            for key, value in _own_numbers(state, whole).items()
-        }
+        piece = nn.Parameter(whole.data.view(-1)[span])
+        piece.grad = whole.grad.reshape(-1)[span]
+        self._mine = {key: value.view(-1)[span] for key, value in _per_entry(state, whole).items()}
+        optimizer.state[piece] = _own_numbers(state, whole) | self._mine
+        super().__init__(optimizer, piece, kept.view(-1)[span])
+        self._optimizer, self._whole, self._span = optimizer, whole, span
 
-    def end(self) -> None:
-        """Give the whole the state that the step has made, zero for other entries until theirs is made."""
+    def end(self, policy: StatePolicy) -> None:
+        """Put back what is held, and give the whole the state that the step has made, zero elsewhere until that is
+        made."""
+        super().end(policy)
         state = self._optimizer.state[self._whole]
-        for key, value in self._optimizer.state[self.parameter].items():
-            if not _per_entry(value, self.parameter):
-                state[key] = value
-                continue
-            if not _per_entry(state.get(key), self._whole):
-                state[key] = value.new_zeros(self._whole.shape)
-            own = state[key].view(-1)[self._span]
-            if own.data_ptr() != value.data_ptr():
-                own.copy_(value)
-
-    def forget(self) -> None:
-        """Leave nothing of it in the optimizer."""
-        self._optimizer.state.pop(self.parameter, None)
+        entries = self._entries()
+        state.update((key, value) for key, value in self._state.items() if key not in entries)
+        for key, value in entries.items():
+            if value is not self._mine.get(key):
+                if key not in state:
+                    state[key] = value.new_zeros(self._whole.shape)
+                state[key].view(-1)[self._span] = value
+        del self._optimizer.state[self.parameter]
 
 
-def _per_entry(value: Any, parameter: nn.Parameter) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
+def _per_entry(state: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    shape = parameter.shape
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and value.shape == shape}
 
 
 def _own_numbers(state: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
-    """A state whose tensors that are not per entry (counters, which a step changes in place) are copies."""
-    return {
-        key: value.clone() if isinstance(value, torch.Tensor) and not _per_entry(value, parameter) else value
-        for key, value in state.items()
-    }
+    """What is not per entry of a state; tensors (counters, which a step changes in place) are copies."""
+    numbers = state.keys() - _per_entry(state, parameter).keys()
+    return {key: state[key].clone() if isinstance(state[key], torch.Tensor) else state[key] for key in numbers}
 
 
 @torch.no_grad()
 def step_in_pieces(
-    optimizer: torch.optim.Optimizer, masks: Mapping[nn.Parameter, torch.Tensor], policy: StatePolicy, room: Room
+    optimizer: torch.optim.Optimizer, masks: Mapping[nn.Parameter, torch.Tensor], policy: StatePolicy
 ) -> None:
     """One optimizer step of these tensors alone, under a mask of each; contiguous, of a dimension or more, each with a
-    gradient.
+    gradient, which "decay" makes zero where it is held.
 
-    Args: `policy`: "freeze" or "reset".
-
-    Cost: a search through an eighth of the entries at a time (a million of them, if those are more), and a copy of
-        those, with their state, that are fewer: the kept ones, which are then stepped apart, or the held ones, which
-        are put back.
+    Cost: every entry is stepped, and for those of a few tensors or a piece at a time a copy of the parameter and, with
+        "freeze", of its state.
     """
-    at_a_time = max(_LEAST, int(_AT_A_TIME * sum(p.numel() for p in masks)))
+    at_a_time = _at_a_time(masks)
     groups = optimizer.param_groups[:]
-    flat = {p: kept.reshape(-1) for p, kept in masks.items()}
-    # as it is before the step: every piece of a tensor begins there
-    states = {p: _own_numbers(optimizer.state.get(p, {}), p) for p in masks}
     try:
         for group in groups:
-            spans = _spans([p for p in group["params"] if p in masks], at_a_time)
-            for some in _batches(spans, at_a_time):
-                pieces = [_Piece(optimizer, p, states[p], begin, end) for p, begin, end in some]
-                optimizer.param_groups[:] = [{**group, "params": [piece.parameter for piece in pieces]}]
-                try:
-                    _step(optimizer, pieces, [flat[p][begin:end] for p, begin, end in some], policy, room)
-                finally:
-                    for piece in pieces:
-                        piece.forget()
+            parts = _parts(optimizer, {p: masks[p] for p in group["params"] if p in masks}, at_a_time)
+            for some in _batches(parts, at_a_time):
+                optimizer.param_groups[:] = [{**group, "params": [part.parameter for part in some]}]
+                _step(optimizer, some, policy)
     finally:
         optimizer.param_groups[:] = groups
 
 
-def _step(optimizer: Any, pieces: list[_Piece], masks: list[torch.Tensor], policy: StatePolicy, room: Room) -> None:
-    few = [2 * count <= len(kept) for count, kept in zip(counts(masks), masks, strict=True)]
-    found = places(kept if are_few else ~kept for kept, are_few in zip(masks, few, strict=True))
-    around = [
-        (stepped_apart if few[index] else held_back)(optimizer, piece.parameter, at, policy, room, index)
-        for index, (piece, at) in enumerate(zip(pieces, found, strict=True))
-    ]
+def _step(optimizer: Any, parts: list[_Tensor], policy: StatePolicy) -> None:
+    for part in parts:
+        part.begin(policy)
     try:
         type(optimizer).step.__wrapped__(optimizer)  # without its hooks, of which this is one
     finally:
-        for put_back in around:
-            put_back()
-    for piece in pieces:
-        piece.end()
+        for part in parts:
+            part.end(policy)
 
 
-def _spans(parameters: Iterable[nn.Parameter], most: int) -> Iterator[tuple[nn.Parameter, int, int]]:
-    most = -(-most // _ALIGNED) * _ALIGNED
-    for parameter in parameters:
+def _at_a_time(masks: Iterable[nn.Parameter]) -> int:
+    """Entries to be stepped by one call."""
+    parameters = list(masks)
+    if all(p.device.type == "cpu" for p in parameters):
+        most = int(_PER_THREAD * torch.get_num_threads())
+    else:
+        most = max(_LEAST, int(_SHARE * sum(p.numel() for p in parameters)))
+    return -(-most // _ALIGNED) * _ALIGNED
+
+
+def _parts(
+    optimizer: torch.optim.Optimizer, masks: Mapping[nn.Parameter, torch.Tensor], most: int
+) -> Iterator[_Tensor]:
+    """Tensors, or pieces of larger ones, of at most so many entries."""
+    for parameter, kept in masks.items():
+        kept = kept.contiguous()
+        if parameter.numel() <= most:
+            yield _Tensor(optimizer, parameter, kept)
+            continue
+        state = optimizer.state[parameter]
+        state = _own_numbers(state, parameter) | _per_entry(state, parameter)
         for begin in range(0, parameter.numel(), most):
-            yield parameter, begin, min(begin + most, parameter.numel())
+            yield _Piece(optimizer, parameter, kept, slice(begin, begin + most), state)
 
 
-def _batches(
-    spans: Iterable[tuple[nn.Parameter, int, int]], most: int
-) -> Iterator[list[tuple[nn.Parameter, int, int]]]:
+def _batches(parts: Iterable[_Tensor], most: int) -> Iterator[list[_Tensor]]:
     """As many neighbours at a time as make up `most` entries."""
-    batch: list[tuple[nn.Parameter, int, int]] = []
-    for parameter, begin, end in spans:
-        if batch and sum(last - first for _, first, last in batch) + end - begin > most:
+    batch: list[_Tensor] = []
+    entries = 0
+    for part in parts:
+        entries += part.parameter.numel()
+        if batch and entries > most:
             yield batch
-            batch = []
-        batch.append((parameter, begin, end))
+            batch, entries = [], part.parameter.numel()
+        batch.append(part)
     if batch:
         yield batch

@@ -151,15 +151,16 @@ def test_state_that_begins_under_a_mask_is_zero_elsewhere(name: str, policy: str
         assert (state[~mask] == rest).all()
 
 
-@pytest.mark.parametrize("policy", ["freeze", "reset"])
+@pytest.mark.parametrize("policy", ["freeze", "decay", "reset"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_pieces_are_steps_of_the_whole(name: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tensors, two groups, a factor of the rate, pieces of 64 entries: what one piece per tensor gives, and counters
-    advance once a step."""
+    """Several tensors, two groups, a factor of the rate, a gradient in another order, pieces of 64 entries, put back 16 at a
+    time: what all at once gives, and counters advance once a step."""
     found = []
-    for least in (64, 10**6):
-        monkeypatch.setattr(stepped_pieces, "_LEAST", least)
-        monkeypatch.setattr(stepped_pieces, "_AT_A_TIME", 0.01)
+    threads = torch.get_num_threads()
+    for at_a_time, near in ((64, 16), (10**6, 10**6)):
+        monkeypatch.setattr(stepped_pieces, "_PER_THREAD", at_a_time / threads)
+        monkeypatch.setattr(stepped_pieces, "_NEAR", near // threads)
         made = [
             nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
             for i, shape in enumerate([(40, 25), (7,), (300,)])
@@ -173,7 +174,8 @@ def test_pieces_are_steps_of_the_whole(name: str, policy: str, monkeypatch: pyte
             }
             steps.obey(StepMask(parameters, masks, policy, rates={"2": 0.5}) if t != 2 else None)  # type: ignore[arg-type]
             for i, p in enumerate(made):
-                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * t + i))
+                drawn = torch.randn(p.shape[::-1], generator=torch.Generator().manual_seed(100 * t + i))
+                p.grad = drawn.mT if p.ndim == 2 else drawn
             optimizer.step()
         assert set(optimizer.state) <= set(made), "no piece is left"
         assert [group["params"] for group in optimizer.param_groups] == [[first], others]
@@ -212,12 +214,13 @@ def copies_for_a_step(share: float) -> float:
     return held.most / (4 * sum(p.numel() for p in made))
 
 
-@pytest.mark.parametrize("share", [0.05, FEW, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.05, 0.9 * FEW, 0.3, 0.9])
 def test_copies_for_a_step_take_less_than_the_parameters(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stepped_pieces, "_LEAST", 2**16)  # as of a model too large for this test
+    # as of a model too large for this test
+    monkeypatch.setattr(stepped_pieces, "_PER_THREAD", 2**16 / torch.get_num_threads())
     assert 0.05 < copies_for_a_step(share) < 1.0
-    monkeypatch.setattr(stepped_pieces, "_AT_A_TIME", 1.0)
-    assert (copies_for_a_step(share) > 1.5) is (FEW < share < 0.9), "negative control: all at a time"
+    monkeypatch.setattr(stepped_pieces, "_PER_THREAD", 2**30)
+    assert (copies_for_a_step(share) > 1.5) is (share > FEW), "negative control: all at a time"
 
 
 ZEROS = ["AdamW foreach", "AdamW fused", "AdamW amsgrad", "SGD", "SGD momentum", "Adagrad"]
