@@ -23,7 +23,7 @@ BESIDE = {
     "drop_connect": 0.25,
     "stale": 1.0,
     "ist": 0.0,
-    "dpf": 0.65,
+    "dpf": 0.4,
     "quantize": 0.15,
     "binary_connect": 0.0,
 }

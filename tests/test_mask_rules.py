@@ -11,7 +11,7 @@ import torch
 
 from hf_masked import StepInfo
 from hf_masked.masks import Fixed
-from hf_masked.masks.entries import kept_count
+from hf_masked.masks.selection import kept_count
 from hf_masked.methods import make_method
 
 Tensors = dict[str, torch.Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from hf_masked import Phase, StepInfo
 from hf_masked.apply import hold_still, mask_update, release
 from hf_masked.draws import largest_drawn, random_entries
 from hf_masked.masks import Chain, Complement, ErrorFeedback, Fixed, RandK, TopK, block_of
-from hf_masked.masks.entries import _each, _joint_indices, counts, kept_count, largest, places
+from hf_masked.masks.entries import _each, _joint_indices, counts, places
+from hf_masked.masks.selection import kept_count, largest, largest_of_all
 from hf_masked.masks.sparse_training import erdos_renyi
 from hf_masked.methods import make_method
 from hf_masked.values import Constant, make_value
@@ -63,6 +65,35 @@ def test_a_number_that_is_none_is_among_the_largest() -> None:
             kept = largest(rest, count, magnitude)
             assert kept.sum() == count
             assert rest[kept].isnan().sum() == min(10, count)
+
+
+@pytest.mark.parametrize("count", [1, 5_000, 20_000, 120_000, 199_999])
+def test_parts_are_selected_from_as_one(count: int) -> None:
+    """The same entries, of equal ones the first, as where the parts are joined."""
+    drawn = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    few = drawn * (torch.arange(200_000) % 20 == 0)
+    # the second has many equal ones on both sides of a cut, the third mostly zeros, the fourth values that are none
+    for scores in (drawn, (4 * drawn).round(), few, few.where(drawn < 3, torch.nan)):
+        for magnitude in (False, True):
+            kept = largest_of_all(
+                [part.view(-1, 100) for part in scores.split([50_000, 100, 149_900])], count, magnitude
+            )
+            assert torch.equal(torch.cat([k.flatten() for k in kept]), largest(scores, count, magnitude))
+    # in place of all that a processor would have to look for, a few values tell where the first equal ones end
+    zeros = largest_of_all([torch.ones(3), torch.ones(4)], 5)
+    assert [k.tolist() for k in zeros] == [[True] * 3, [True, True, False, False]]
+
+
+@pytest.mark.parametrize(("count", "most"), [(20_000, 0.9), (120_000, 1.3)])
+def test_what_a_selection_takes(count: int, most: float) -> None:
+    """Over the parts' own size, masks among it; a joined copy, and one of the absolute values, would be more."""
+    parts = list(torch.randn(200_000).split(50_000))
+    largest_of_all(parts, count, magnitude=True)
+    tracemalloc.start()
+    largest_of_all(parts, count, magnitude=True)
+    peak = tracemalloc.get_traced_memory()[1] / 800_000
+    tracemalloc.stop()
+    assert 0.25 < peak < most
 
 
 def test_global_scope_selects_over_all_tensors() -> None:

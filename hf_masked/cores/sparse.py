@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..masks.entries import kept_count, largest, largest_of_groups
+from ..masks.selection import kept_count, largest, largest_of_groups
 from .base import Core, CoreConfig, require
 from .grown import GrownMasks
 from .linear import put_dense

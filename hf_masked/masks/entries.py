@@ -1,7 +1,6 @@
 """Masks of single entries: the largest, exactly k random ones, or each with a probability."""
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -13,117 +12,12 @@ from ..draws import bernoulli, random_entries
 from ..parts import own_part
 from ..types import StepInfo
 from ..values import Value
+from .selection import kept_count, largest, largest_of_all
 
-# numbers that a bound on the largest is guessed from
-_SAMPLE = 2**12
 # entries searched, or selected from, at once on an accelerator: enough to keep it busy, in 512 MiB for places
 _AT_ONCE = 2**26
 Scope = Literal["tensor", "global"]
 Tensors = Mapping[str, torch.Tensor]
-
-
-def kept_count(density: float, entries: int) -> int:
-    """How many of `entries` a density keeps: the nearest integer, at least 1.
-
-    >>> kept_count(0.25, 10), kept_count(1e-6, 10)
-    (2, 1)
-    """
-    return max(1, min(entries, round(density * entries)))
-
-
-def largest(scores: torch.Tensor, count: int, magnitude: bool = False) -> torch.Tensor:
-    """A mask, of the shape of `scores`, of exactly `count` entries none of which is below one left out.
-
-    Args: `magnitude`: of absolute values, which are not written out on a processor.
-
-    >>> largest(torch.tensor([[3.0, -1.0], [2.0, -4.0]]), 2, magnitude=True).tolist()
-    [[True, False], [False, True]]
-    """
-    if not 0 < count < scores.numel():
-        return torch.full_like(scores, count > 0, dtype=torch.bool)
-    flat = scores.flatten()
-    mask = _largest_on_processor(flat, count, magnitude) if flat.device.type == "cpu" else None
-    if mask is None:
-        mask = torch.zeros_like(flat, dtype=torch.bool)
-        mask.index_fill_(0, (flat.abs() if magnitude else flat).topk(count, sorted=False).indices, True)
-    return mask.view(scores.shape)
-
-
-def _largest_on_processor(flat: torch.Tensor, count: int, magnitude: bool) -> torch.Tensor | None:
-    """The same of a vector on a processor, where NumPy's partition is several times faster; None among as many NaN.
-
-    Only what reaches a bound is partitioned, which a sample sets.
-    """
-    numbers = (flat if flat.dtype in (torch.float32, torch.float64) else flat.float()).numpy()
-    sizes = np.abs if magnitude else np.asarray
-    bound = _bound(sizes(numbers[:: max(1, len(numbers) // _SAMPLE)]), count / len(numbers))
-    if bound is not None:
-        mask = _reach(numbers, bound, magnitude)
-        if np.count_nonzero(mask) > len(numbers) / 2:  # as zeros are, in the gradient of an embedding
-            above = _reach(numbers, np.nextafter(bound, bound.dtype.type(np.inf)), magnitude)
-            missing = count - int(np.count_nonzero(above))
-            if missing >= 0:
-                above[_first(mask ^ above, missing)] = True
-                return torch.from_numpy(above)
-            mask = above
-        places = np.flatnonzero(mask)
-        if count <= len(places) <= len(numbers) / 2:
-            kept = _partitioned(sizes(numbers[places]), count)
-            if kept is not None:
-                mask[places[~kept]] = False
-                return torch.from_numpy(mask)
-    kept = _partitioned(sizes(numbers), count)
-    return None if kept is None else torch.from_numpy(kept)
-
-
-def _bound(sample: np.ndarray, share: float) -> np.floating[Any] | None:
-    """What probably a few more numbers reach than the wanted share of those that the sample is of; None of too small a
-    one."""
-    # four standard deviations more of the sample than its share, so that too few are found about once in 30,000 times
-    rank = math.ceil(len(sample) * share + 4 * math.sqrt(len(sample) * share * (1 - share)) + 4)
-    if len(sample) < _SAMPLE or rank > len(sample) / 2:
-        return None
-    bound: np.floating[Any] = np.partition(sample, len(sample) - rank)[len(sample) - rank]
-    return bound
-
-
-def _reach(numbers: np.ndarray, bound: np.floating[Any], magnitude: bool) -> np.ndarray:
-    """Where numbers (or magnitudes) are at least the bound, or NaN."""
-    below = numbers < bound
-    if magnitude:
-        below &= numbers > -bound
-    return np.logical_not(below, out=below)
-
-
-def _partitioned(numbers: np.ndarray, count: int) -> np.ndarray | None:
-    """Where the `count` largest are, NaN among them, of equal ones the first; None of as many NaN."""
-    threshold = np.partition(numbers, len(numbers) - count)[len(numbers) - count]
-    mask: np.ndarray = ~(numbers < threshold)
-    if surplus := np.count_nonzero(mask) - count:
-        equal = np.flatnonzero(numbers == threshold)
-        if len(equal) < surplus:
-            return None
-        mask[equal[len(equal) - surplus :]] = False
-    return mask
-
-
-def _first(found: np.ndarray, count: int) -> np.ndarray:
-    """Where a vector is True for the first `count` times, without a search through all of it where there are many."""
-    length = 2 * count
-    while length < len(found) and np.count_nonzero(found[:length]) < count:
-        length *= 2
-    return np.flatnonzero(found[:length])[:count]
-
-
-def largest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """A mask of the n largest of every m consecutive entries, whose number m divides.
-
-    >>> largest_of_groups(torch.tensor([4.0, 1.0, 2.0, 3.0]), 1, 2).tolist()
-    [True, False, False, True]
-    """
-    groups = scores.reshape(-1, m)
-    kept = torch.zeros_like(groups, dtype=torch.bool)
-    return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view(scores.shape)
 
 
 def counts(masks: Iterable[torch.Tensor]) -> list[int]:
@@ -189,16 +83,13 @@ def multiply(tensor: torch.Tensor, kept: torch.Tensor) -> None:
 
 
 def largest_by_name(scores: Tensors, density: float, scope: Scope, magnitude: bool = False) -> dict[str, torch.Tensor]:
-    """`largest`, with one count for every tensor, or for all together (which takes one more copy of the scores)."""
+    """`largest`, with one count for every tensor, or for all together."""
     if scope == "tensor":
         return {
             name: mask for names in _of_one_size(scores) for name, mask in _each(scores, names, density, magnitude)
         }
-    if not scores:
-        return {}
-    joined = torch.cat([score.flatten().float() for score in scores.values()])
-    parts = largest(joined, kept_count(density, joined.numel()), magnitude).split([s.numel() for s in scores.values()])
-    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+    count = kept_count(density, sum(score.numel() for score in scores.values())) if scores else 0
+    return dict(zip(scores, largest_of_all(list(scores.values()), count, magnitude), strict=True))
 
 
 def _of_one_size(scores: Tensors) -> list[list[str]]:

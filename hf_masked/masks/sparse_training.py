@@ -15,7 +15,8 @@ from ..draws import random_entries
 from ..types import StepInfo
 from ..values import Value
 from .blocks import block_of
-from .entries import Scope, kept_count, largest, largest_by_name
+from .entries import Scope, largest_by_name
+from .selection import kept_count, largest
 
 Tensors = Mapping[str, torch.Tensor]
 Masks = dict[str, torch.Tensor]

@@ -142,9 +142,8 @@ def dpf(
 
     (dx, p) = (-(1 - m(x)) x, 1), m(x) the largest magnitudes, chosen anew `every` steps. Lin et al. 2020 (90 %, rising
     as a cubic; 16 steps). `structure` "rows" or n:m such as "2:4" (Zhou et al. 2021); "entries" otherwise. One pass;
-    memory: two copies of the matrices while the threshold is found, one after, and the mask, saved in checkpoints. The
-    saved model is the dense one: prune it the same way to get what was trained. Known: sparsity from the first step on
-    hurts; pass a schedule.
+    memory: one copy of the matrices, and the mask, saved in checkpoints. The saved model is dense: prune it the same
+    way to get what was trained. Known: sparsity from the first step on hurts; pass a schedule.
     """
     return Method(Prune(sparsity, scope, structure, pattern, every))
 

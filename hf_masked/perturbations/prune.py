@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..masks.entries import largest, largest_of_groups
+from ..masks.entries import multiply
+from ..masks.selection import largest, largest_of_all, largest_of_groups
 from ..types import StepInfo
 from ..values import Spec, make_value
 from .chosen import check_pattern, matrices
@@ -26,8 +27,8 @@ class Prune:
         pattern: regular expression of the parameters; None: every matrix, embeddings included.
         every: update steps that a choice holds for, >= 1; with 1 it is made anew in every microbatch.
 
-    Cost: one copy of the matrices, and with scope "global" one more while the threshold is found; with `every` > 1 the
-    mask, one byte per entry, in checkpoints too.
+    Cost: one copy of the matrices, and the mask, one byte per entry, which with `every` > 1 is held, in checkpoints
+    too.
 
     Source: Lin, Stich, Barba, Dmitriev, Jaggi, "Dynamic Model Pruning with Feedback", ICLR 2020, equation 4 and
     algorithm 1; n:m: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR
@@ -35,8 +36,9 @@ class Prune:
 
     Deviation: with n:m there is no SR-STE decay.
 
-    >>> Prune(0.5)(StepInfo(0, 1), {"w": torch.tensor([[3.0, -1.0, 2.0, 0.5]])})["w"].tolist()
-    [[0.0, 1.0, 0.0, -0.5]]
+    >>> x = torch.tensor([[3.0, -1.0, 2.0, 0.5]])
+    >>> x + Prune(0.5)(StepInfo(0, 1), {"w": x})["w"]
+    tensor([[3., 0., 2., 0.]])
     """
 
     sparsity: Spec = 0.9
@@ -73,7 +75,7 @@ class Prune:
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
         chosen = self.chosen(parameters)
         masks = self.kept(info, chosen) if self.every == 1 else self._held(info, chosen)
-        return {name: torch.where(kept, 0, -chosen[name]) for name, kept in masks.items()}
+        return {name: _minus(chosen[name], ~kept) for name, kept in masks.items()}
 
     def chosen(self, parameters: Tensors) -> dict[str, torch.Tensor]:
         """The matrices that are pruned.
@@ -113,11 +115,10 @@ class Prune:
             sizes = {n: p.flatten() for n, p in parameters.items()}
             shapes = {n: p.shape for n, p in parameters.items()}
         if self.scope == "tensor":
-            kept = {n: _largest(size, sparsity) for n, size in sizes.items()}
+            kept = {n: largest(size, _staying(size.numel(), sparsity), magnitude=True) for n, size in sizes.items()}
         else:
-            together = _largest(torch.cat(list(sizes.values())), sparsity)
-            parts = together.split([size.numel() for size in sizes.values()])
-            kept = dict(zip(sizes, parts, strict=True))
+            count = _staying(sum(size.numel() for size in sizes.values()), sparsity)
+            kept = dict(zip(sizes, largest_of_all(list(sizes.values()), count, magnitude=True), strict=True))
         return {n: k.view(shapes[n]) for n, k in kept.items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -131,7 +132,12 @@ class Prune:
         self._turn = int(tensors["turn"]) if "turn" in tensors else None
 
 
-def _largest(sizes: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """True for all but the round(sparsity * n) smallest magnitudes, at least one."""
-    dropped = min(round(sparsity * sizes.numel()), sizes.numel() - 1)
-    return largest(sizes, sizes.numel() - dropped, magnitude=True)
+def _staying(entries: int, sparsity: float) -> int:
+    """All but round(sparsity * n), at least one."""
+    return entries - min(round(sparsity * entries), entries - 1)
+
+
+def _minus(x: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    dx = -x
+    multiply(dx, pruned)
+    return dx
