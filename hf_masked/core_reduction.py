@@ -162,6 +162,6 @@ def _chance(network: Any) -> str | None:
             if "layerdrop" in name and value:
                 return f"{name}={value} drops blocks at random"
     for path, module in network.named_modules():
-        if isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts":
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and path.rpartition(".")[2] == "experts":
             return f"{path} are run where a token chooses them"
     return None

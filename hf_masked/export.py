@@ -1,12 +1,7 @@
 """Writing both products: the full model in its unchanged class at the root, the core beside it in `core/`."""
 
-import json
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +13,8 @@ from .cores.attached import refuse_inside_core_mode
 from .cores.base import Rung
 from .cores.modules import unwrap
 from .cores.sharded import gathered, is_sharded
-from .durable import flush, flush_all
-
-# what an export writes for from_pretrained to read; nothing of another name is ever removed
-_MODEL = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # in the folders of cores only
-# the files without which nothing loads: gone first and back last, so that no mixture of two exports ever loads
-_ENTRIES = ("config.json", "adapter_config.json")
-# where cores lie is written down, so that a later export takes their place, and nobody else's folder's
-LISTING = "hf_masked_cores.json"
-# a core's own name, or that of its kind, and for the smaller ones of a ladder the rung
-_CORE_FOLDER = re.compile(r"[a-z][a-z0-9_]*(-([rnhked][0-9.]+(e-[0-9]+)?)+)?")
+from .durable import flush_all
+from .export_folder import ADAPTER, check_writable, own_folders, staging_in, swap_in, written
 
 
 def extract_core(
@@ -134,7 +120,8 @@ def export(
     >>> from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
     >>> from hf_masked import DepthCoreConfig, add_core
     >>> model = add_core(GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32)), DepthCoreConfig())
-    >>> with tempfile.TemporaryDirectory() as out:
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as out:
     ...     export(model, out)
     ...     AutoModelForCausalLM.from_pretrained(out, subfolder="core").config.n_layer
     1
@@ -146,14 +133,14 @@ def export(
         return
     target = check_writable(out)
     check_free(target, full)
-    with _staging(target) as staging:
+    with staging_in(target) as staging:
         for folder in _write_networks(full, staging, core_format, max_shard_size):
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
         flush_all(staging)
-        _swap_in(staging, target)
+        swap_in(staging, target)
 
 
 def _write_networks(full: Any, out: Path, core_format: str | None, max_shard_size: int | str) -> Iterator[Path]:
@@ -175,131 +162,22 @@ def core_folders(core: Core) -> dict[str, Rung | None]:
     return {core.folder: None} | {f"{core.folder}-{name}": rung for name, rung in core.nested.items()}
 
 
-def check_writable(out: str | os.PathLike[str]) -> Path:
-    """The folder as a path, made if need be.
-
-    Raises: NotADirectoryError or PermissionError where nothing can be written.
-    """
-    path = Path(out)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(
-            f"got the output folder {path}; needs a folder, because {error.filename} is a file; set --output_dir"
-        ) from None
-    except OSError as error:
-        raise PermissionError(
-            f"got the output folder {path}; needs one that can be written, because models are saved there "
-            f"({error.strerror}); set --output_dir"
-        ) from None
-    return path
-
-
 def check_free(out: str | os.PathLike[str], model: torch.nn.Module) -> None:
     """Refuse to write the cores of a model over what no export put there, and the model beside an adapter.
 
     Raises: FileExistsError; as `check_writable` for folders of cores that are there.
     """
-    full, own = unwrap(model), _own_folders(Path(out))
-    if Path(out, _ADAPTER[0]).exists() and not getattr(full, "_hf_peft_config_loaded", False):
+    full, own = unwrap(model), own_folders(Path(out))
+    if Path(out, ADAPTER[0]).exists() and not getattr(full, "_hf_peft_config_loaded", False):
         raise FileExistsError(
-            f"got the folder {out} with {_ADAPTER[0]}; needs one without, because from_pretrained would load that "
+            f"got the folder {out} with {ADAPTER[0]}; needs one without, because from_pretrained would load that "
             "adapter in place of the full model; move it, or set --output_dir"
         )
     for folder in [Path(out, name) for core in get_cores(full).values() for name in core_folders(core)]:
         if folder.exists():
             check_writable(folder)
-        if folder.name not in own and (found := _written(folder, of_core=True)):
+        if folder.name not in own and (found := written(folder, of_core=True)):
             raise FileExistsError(
                 f"got the folder {folder} with {found[0].name} that no export wrote; needs a folder of the core's "
                 "own, because its files would be written over; move that folder, or set another name or --output_dir"
             )
-
-
-def _written(folder: Path, of_core: bool) -> list[Path]:
-    """What there is of what an export writes into a folder for from_pretrained to read."""
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in found if _MODEL.fullmatch(path.name) or (of_core and path.name in _ADAPTER)]
-
-
-def _check_replaceable(files: Iterable[Path]) -> None:
-    """Refuse, before anything is removed, to put files where none can be put.
-
-    Raises: IsADirectoryError; as `check_writable`.
-    """
-    places = set(files)
-    for path in sorted(places):
-        if path.is_dir():
-            raise IsADirectoryError(
-                f"got the folder {path}; needs a file or nothing there, because an export writes one of that name; "
-                "move it, or set --output_dir"
-            )
-    for folder in sorted({path.parent for path in places}):
-        check_writable(folder)
-
-
-def exported_cores(out: str | os.PathLike[str]) -> list[str]:
-    """The folders of an export in which its cores lie, each followed by the smaller ones of its ladder."""
-    return sorted(
-        name for name in _own_folders(Path(out)) if any(Path(out, name, entry).is_file() for entry in _ENTRIES)
-    )
-
-
-def _own_folders(target: Path) -> set[str]:
-    """The folders of cores that exports wrote here."""
-    try:
-        told = json.loads((target / LISTING).read_text(encoding="utf-8"))["folders"]
-        return {name for name in told if isinstance(name, str) and _CORE_FOLDER.fullmatch(name)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-
-
-def _note_own_folders(target: Path, staging: Path, folders: set[str]) -> None:
-    """Write down, for good, which folders are an export's; nothing where there are none."""
-    if folders:
-        (staging / LISTING).write_text(json.dumps({"folders": sorted(folders)}, indent=2), encoding="utf-8")
-        flush(staging / LISTING)
-        os.replace(staging / LISTING, target / LISTING)
-    else:
-        (target / LISTING).unlink(missing_ok=True)
-    flush(target)
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    for abandoned in target.glob(".export-*"):
-        shutil.rmtree(abandoned, ignore_errors=True)
-    # inside the target, so that moving a file is a rename on one file system
-    folder = Path(tempfile.mkdtemp(prefix=".export-", dir=target))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _swap_in(staging: Path, target: Path) -> None:
-    """Exchange the files of two exports so that no moment of it loads as a mixture, nor what a power cut leaves of
-    it."""
-    new = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-    old, made = _own_folders(target), {path.parts[0] for path in new if path.name in _ENTRIES and len(path.parts) == 2}
-    folders = [target, *(target / name for name in sorted(old | made))]
-    stale = [path for folder in folders for path in _written(folder, of_core=folder != target)]
-    _check_replaceable([target / LISTING, *(target / path for path in new), *stale])
-    if old | made:
-        # before any of them is there, and until none of the old ones is
-        _note_own_folders(target, staging, old | made)
-    for path in (path for path in stale if path.name in _ENTRIES):
-        path.unlink()
-    flush(*folders)
-    for path in (path for path in stale if path.name not in _ENTRIES):
-        path.unlink()
-    entries = sorted((path for path in new if path.name in _ENTRIES), key=lambda path: path.parent == Path())
-    for some in ([path for path in new if path not in entries], entries):
-        for relative in some:
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / relative, target / relative)
-        flush(*{target / path.parent for path in some}, target)
-    if old - made:
-        _note_own_folders(target, staging, made)

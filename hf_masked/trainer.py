@@ -24,7 +24,8 @@ from .diagnostics import Coverage
 from .diagnostics_report import DiagnosticsReport
 from .distillation import YieldingWeight
 from .distributed import DistributedMixin
-from .export import check_free, check_writable
+from .export import check_free
+from .export_folder import check_writable
 from .ignored import refuse_beside_plan, refuse_core_options, refuse_core_phases, refuse_other_cores
 from .meters import JointProgressCallback, LossMeter
 from .methods.checks import refuse_meaningless

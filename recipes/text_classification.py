@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Value
 from kit.arguments import RecipeArguments, parse
 from kit.cache import prepared
 from kit.checks import check_joint, check_methods, of_new_models, refuse_unread
@@ -141,6 +141,12 @@ def prepare(args: ClassificationArguments) -> tuple[DatasetDict, PreTrainedToken
             raise ValueError(
                 f"got columns {rows.column_names} in the {split} split of {args.dataset_name!r}; needs {args.label_column!r}, "
                 "because the class is read there; set --label_column"
+            )
+        kind = rows.features[args.label_column]
+        if not isinstance(kind, ClassLabel | Value):
+            raise ValueError(
+                f"got {kind} in the column {args.label_column!r} of the {split} split; needs one number or name a row, because a "
+                "text has one class; set --label_column"
             )
     if "test" in splits and set(splits["test"][args.label_column]) == {HIDDEN}:
         del splits["test"]

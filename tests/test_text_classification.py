@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 from kit.tokenizer import train_tokenizer
 from safetensors.torch import load_file
 from test_recipes import run
-from text_classification import ClassificationArguments, class_scores, load_metric
+from text_classification import ClassificationArguments, class_scores, load_metric, prepare
 from transformers import BertConfig, BertForSequenceClassification
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -76,6 +76,15 @@ def test_a_core_is_trained_with_the_encoder(core: str, inputs: list[str], tmp_pa
     else:
         stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
         assert "base_model.model.classifier.weight" in stored, "a new head is not in the base"
+
+
+def test_several_classes_of_a_text_are_refused(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"text {i}", "label": ["good", "short"]}) for i in range(200)))
+    with pytest.raises(
+        ValueError, match=r"got (List|Sequence).*'label'.*needs one number or name a row.*--label_column"
+    ):
+        prepare(ClassificationArguments(str(data), model_name_or_path="model"))
 
 
 def test_scores_follow_their_definition() -> None:

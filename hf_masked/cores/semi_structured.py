@@ -69,8 +69,8 @@ class SemiStructuredLinear(nn.Linear):
         self.train(layer.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = nn.functional.linear(input.flatten(0, -2), self.weight, self.bias)
-        return rows.unflatten(0, input.shape[:-1])
+        rows = nn.functional.linear(input.reshape(-1, self.in_features), self.weight, self.bias)
+        return rows.reshape(*input.shape[:-1], self.out_features)
 
 
 def is_two_of_four(weight: torch.Tensor) -> bool:

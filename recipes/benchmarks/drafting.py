@@ -1,6 +1,6 @@
 """Self-speculative decoding: tokens per second of the full model alone, and with its core as the draft.
 
-    python recipes/benchmarks/drafting.py out [--separate FOLDER] [--prompts 20] [--new_tokens 64] [--output_dir FOLDER]
+    python recipes/benchmarks/drafting.py out [--separate FOLDER] [--draft_tokens 2] [--draft_confidence 0] [--output_dir FOLDER]
 
 `out` holds a full model with its core in `core/`; FOLDER another small model to compare with as the draft, such as a core
 that was trained alone (`--schedule core_only`, then its `core/`). On a GPU by the clock, else by processor seconds of one thread.
@@ -24,7 +24,7 @@ from kit.table import render
 
 from benchmarks.clock import Taken
 from hf_masked import measure_acceptance
-from hf_masked.export import check_writable
+from hf_masked.export_folder import check_writable
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -35,6 +35,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--prompts", type=int, default=20, help="how many random prompts")
     parser.add_argument("--prompt_tokens", type=int, default=16, help="tokens of each prompt")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens to generate for each")
+    parser.add_argument(
+        "--draft_tokens", type=int, help="tokens to draft before each check, at most (as the model says)"
+    )
+    parser.add_argument(
+        "--draft_confidence",
+        type=float,
+        help="probability below which a drafted token ends the draft; 0: always as many as --draft_tokens (as the model says)",
+    )
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
@@ -51,6 +59,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
     full = load(args.out)
     drafts = {"core": load(args.out, subfolder="core")} | ({"separate": load(args.separate)} if args.separate else {})
+    for draft in drafts.values():
+        if args.draft_tokens is not None:
+            draft.generation_config.num_assistant_tokens = args.draft_tokens
+            draft.generation_config.num_assistant_tokens_schedule = "constant"
+        if args.draft_confidence is not None:
+            draft.generation_config.assistant_confidence_threshold = args.draft_confidence
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in drafts}
     for prompt in range(args.prompts):
         generator = torch.Generator().manual_seed(prompt)

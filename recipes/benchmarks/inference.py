@@ -28,7 +28,7 @@ from kit.table import render
 from benchmarks.clock import Taken
 from hf_masked import add_core, extract_core, to_semi_structured
 from hf_masked.cores import CORE_KINDS
-from hf_masked.export import check_writable
+from hf_masked.export_folder import check_writable
 from hf_masked.summary import network_size
 
 CORES: dict[str, dict[str, Any]] = {

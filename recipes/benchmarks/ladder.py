@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kit.table import render, spread
 
-from hf_masked.export import check_writable
+from hf_masked.export_folder import check_writable
 
 Row = dict[str, Any]
 

@@ -27,7 +27,7 @@ from kit.table import comparison_table, render, spread
 from kit.task import Metric
 from kit.training import Run
 
-from hf_masked.export import check_writable
+from hf_masked.export_folder import check_writable
 
 METRICS = {
     "bleu": Metric("bleu", "BLEU"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_masked.checkpoints import last_complete_checkpoint
-from hf_masked.export import check_writable
+from hf_masked.export_folder import check_writable
 
 from .arguments import OF_NEW_MODELS, RecipeArguments
 from .processes import writes

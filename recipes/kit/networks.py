@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from hf_masked.cores import LoraCore
-from hf_masked.export import exported_cores
+from hf_masked.export_folder import exported_cores
 
 from .flops import count_flops
 from .task import Scores, Task

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import Trainer
 
 from hf_masked import LoraCoreConfig, add_core, core_summary
-from hf_masked.export import exported_cores
+from hf_masked.export_folder import exported_cores
 
 from .arguments import RecipeArguments
 from .arms import Arm, comparison_arms, joint_arm
