@@ -7,6 +7,7 @@ import math
 import tracemalloc
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import architecture
@@ -17,7 +18,7 @@ from hf_masked.apply import hold_still, mask_update, release
 from hf_masked.draws import largest_drawn, random_entries
 from hf_masked.masks import Chain, Complement, ErrorFeedback, Fixed, RandK, TopK, block_of
 from hf_masked.masks.entries import _each, _joint_indices, counts, places
-from hf_masked.masks.selection import kept_count, largest, largest_of_all
+from hf_masked.masks.selection import kept_count, largest, largest_of_all, where_true
 from hf_masked.masks.sparse_training import erdos_renyi
 from hf_masked.methods import make_method
 from hf_masked.values import Constant, make_value
@@ -113,6 +114,15 @@ def test_one_search_finds_what_several_do() -> None:
     for kept, at, alone in zip(masks, _joint_indices(masks), places(masks), strict=True):
         assert torch.equal(at, alone) and torch.equal(at, kept.flatten().nonzero().flatten())
     assert counts(masks) == [int(kept.sum()) for kept in masks]
+
+
+@pytest.mark.parametrize("entries", [0, 1, 7, 8, 1001])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.09, 0.5, 1.0])
+def test_places_are_those_that_numpy_finds(share: float, entries: int) -> None:
+    mask = torch.rand(3 * entries, generator=torch.Generator().manual_seed(0)) < share
+    # a view that begins anywhere, as a piece of a tensor does, and one that skips entries
+    for part in (mask, mask[1:], mask[entries : 2 * entries], mask[::3]):
+        assert where_true(part.numpy()).tolist() == np.flatnonzero(part.numpy()).tolist()
 
 
 def test_one_selection_finds_what_several_do() -> None:

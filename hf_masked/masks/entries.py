@@ -12,7 +12,7 @@ from ..draws import bernoulli, random_entries
 from ..parts import own_part
 from ..types import StepInfo
 from ..values import Value
-from .selection import kept_count, largest, largest_of_all
+from .selection import kept_count, largest, largest_of_all, where_true
 
 # entries searched, or selected from, at once on an accelerator: enough to keep it busy, in 512 MiB for places
 _AT_ONCE = 2**26
@@ -43,7 +43,7 @@ def places(masks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """
     masks = list(masks)
     if all(kept.device.type == "cpu" for kept in masks):
-        return [torch.from_numpy(np.flatnonzero(kept.numpy())) for kept in masks]
+        return [torch.from_numpy(where_true(kept.numpy().reshape(-1))) for kept in masks]
     return [at for some in _runs(masks) for at in _joint_indices(some)]
 
 

@@ -88,7 +88,7 @@ def _on_processor(parts: list[np.ndarray], count: int, magnitude: bool) -> list[
                     more[found], missing = True, missing - len(found)
                 return [torch.from_numpy(mask) for mask in above]
             masks = above
-        places = [np.flatnonzero(mask) for mask in masks]
+        places = [where_true(mask) for mask in masks]
         if count <= sum(map(len, places)) <= entries / 2:
             reached = [sizes(part[at]) for part, at in zip(parts, places, strict=True)]
             if (kept := _partitioned(reached, count)) is not None:
@@ -135,10 +135,25 @@ def _partitioned(parts: list[np.ndarray], count: int, magnitude: bool = False) -
         equal = part == threshold
         if magnitude:
             equal |= part == -threshold
-        last = np.flatnonzero(equal)[-surplus:]
+        last = where_true(equal)[-surplus:]
         mask[last] = False
         surplus -= len(last)
     return None if surplus else masks
+
+
+def where_true(mask: np.ndarray) -> np.ndarray:
+    """NumPy's `flatnonzero` of a vector of bools, in half the time where few are True: eight are looked at together.
+
+    >>> where_true(np.arange(100) % 40 == 9)
+    array([ 9, 49, 89])
+    """
+    if np.count_nonzero(mask) > len(mask) / 10:
+        return np.flatnonzero(mask)
+    whole = len(mask) // 8 * 8
+    eights = np.ascontiguousarray(mask[:whole]).view(np.uint64)
+    some = np.flatnonzero(eights != 0)
+    within = np.flatnonzero(eights[some].view(np.bool_))
+    return np.concatenate([8 * some[within >> 3] + (within & 7), np.flatnonzero(mask[whole:]) + whole])
 
 
 def _first(found: np.ndarray, count: int) -> np.ndarray:
@@ -146,4 +161,4 @@ def _first(found: np.ndarray, count: int) -> np.ndarray:
     length = 2 * count
     while length < len(found) and np.count_nonzero(found[:length]) < count:
         length *= 2
-    return np.flatnonzero(found[:length])[:count]
+    return where_true(found[:length])[:count]
