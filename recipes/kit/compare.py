@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -82,9 +83,12 @@ def choose_scales(runs: Sequence[Run]) -> list[list[Run]]:
         for run in runs:
             if run.arm == key:
                 candidates.setdefault(run.learning_rate_scale, []).append(run)
-        best = min(candidates.values(), key=lambda group: statistics.mean(run.selection for run in group))
-        chosen.append(best)
+        chosen.append(min(candidates.values(), key=_mean_loss))
     return chosen
+
+
+def _mean_loss(group: Sequence[Run]) -> float:
+    return statistics.mean(math.inf if run.selection is None else run.selection for run in group)
 
 
 def undertrained(arms: Sequence[Sequence[Run]], threshold: float = 0.02) -> str | None:

@@ -29,7 +29,7 @@ class Run:
         full, core: scores of the two networks, None for a network that the arm does not deliver.
         flops, seconds: of the whole arm, including the training of the full network that it started from.
         peak_memory: bytes held at most beyond what was held before, the model included; None where that is not known.
-        selection: the core's loss on the validation rows, by which settings are chosen.
+        selection: the core's loss on the validation rows, by which settings are chosen; None without a core.
         history: the trainer's log.
     """
 
@@ -45,7 +45,7 @@ class Run:
     flops: int
     seconds: float
     peak_memory: int | None
-    selection: float
+    selection: float | None
     history: list[dict[str, Any]]
 
 
@@ -127,7 +127,7 @@ def run_arm(
         flops=arm.flops(costs, before.flops if before else 0),
         seconds=seconds,
         peak_memory=memory,
-        selection=selection.get("loss", float("nan")),
+        selection=selection.get("loss"),
         history=trainer.state.log_history,
     )
     return run, trainer
