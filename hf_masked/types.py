@@ -66,7 +66,7 @@ class Perturbation(Protocol):
 
     Args: `parameters`, name -> tensor, detached, not to be written to. Returns name -> tensor of the same shape and
     dtype; a name left out is not displaced. With the attribute `given_away = True` these may be written over: it keeps
-    none of them.
+    none of them. A method `end_update(info, parameters)` is called once an update's gradient is made, before its step.
     """
 
     def __call__(

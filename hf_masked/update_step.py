@@ -225,6 +225,7 @@ class UpdateStepMixin(WatchedStepMixin):
         unscale(self.accelerator, self.optimizer)
         if self._skips(phase):
             return
+        self._end_displacing(phase)
         parameters = self._trained(phase)
         grad_mask, update_mask = mask_update(parameters, phase, step.info)
         if phase.update_mask is not None:
@@ -238,6 +239,12 @@ class UpdateStepMixin(WatchedStepMixin):
         if self._workers is not None:
             self._workers.trained(step.info)
         self._watch_update(phase, grad_mask, update_mask)
+
+    def _end_displacing(self, phase: Phase) -> None:
+        """Tell the update's perturbations that its gradient is made."""
+        for part in (phase, self._core.phase) if phase.network == "sum" else (phase,):
+            if end_update := getattr(part.perturbation, "end_update", None):
+                end_update(self._now().info, {name: p.detach() for name, p in self._trained(part).items()})
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         with self._unscaled():

@@ -74,7 +74,10 @@ def displacement(method: Method, info: StepInfo, x: Values, slope: Callable[[Val
         return {n: -x[n] for n in dropped(method.backward, info, x) if "norm" not in n}
     rule: Any = method.perturbation
     given = {"gradients": dict(slope(x))} if getattr(rule, "needs_gradient", False) else {}
-    return {} if rule is None else dict(rule(info, {n: v.clone() for n, v in x.items()}, **given))
+    dx = {} if rule is None else dict(rule(info, {n: v.clone() for n, v in x.items()}, **given))
+    if hasattr(rule, "end_update"):
+        rule.end_update(info, x)
+    return dx
 
 
 def batch_of(method: Method, info: StepInfo) -> int | torch.Tensor:

@@ -41,6 +41,8 @@ def copies(name: str, given_away: bool) -> float:
         held.ignore(parameters.values())
         if getattr(rule, "needs_gradient", False):
             rule = partial(rule, gradients={n: torch.randn_like(p) for n, p in parameters.items()})
+        if hasattr(rule, "end_update"):
+            rule.end_update(info, parameters)
         with displaced(parameters, partial(rule, info), given_away):
             assert any(held.is_new(p) for p in parameters.values())
     return held.most / sum(p.nbytes for p in parameters.values())

@@ -18,7 +18,7 @@ class Stale:
     Args:
         tau: delay in updates of this phase, an integer >= 0.
 
-    Cost: tau + 1 copies of the trained parameters, in checkpoints too, besides the one that any perturbation takes.
+    Cost: tau copies of the trained parameters, in checkpoints too, besides the one that any perturbation takes.
 
     Source: the delayed-gradient model of asynchronous SGD, Agarwal, Duchi, "Distributed Delayed Stochastic
     Optimization", NIPS 2011.
@@ -37,22 +37,24 @@ class Stale:
                 f"got tau={self.tau!r}; needs an integer, because it counts updates; set it in --method_config"
             )
         self._past: list[dict[str, torch.Tensor]] = []
-        self._seen: tuple[int, int] | None = None
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
-        if self._seen != (info.step, info.update):
+        past = self._past[0] if self._past else {}
+        return {name: value.to(parameters[name]) - parameters[name] for name, value in past.items()}
+
+    def end_update(self, info: StepInfo, parameters: Tensors) -> None:
+        """Remember the parameters that the update's gradient belongs to, before it moves them."""
+        if len(self._past) < self.tau:
             self._past.append({name: p.clone() for name, p in parameters.items()})
-            self._past = self._past[-(self.tau + 1) :]
-            self._seen = info.step, info.update
-        return {name: past.to(parameters[name]) - parameters[name] for name, past in self._past[0].items()}
+        elif self._past:
+            oldest = self._past.pop(0)
+            self._past.append({name: oldest[name].to(p).copy_(p) for name, p in parameters.items()})
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The parameters of the last updates, as <updates ago>.<name>; those of the last one are the model's own
-        past."""
+        """The parameters of the last updates, as <updates before the last>.<name>."""
         return {f"{i}.{name}": p for i, past in enumerate(reversed(self._past)) for name, p in past.items()}
 
     def load_state_dict(self, state: Tensors) -> None:
         """Go on from `state_dict()`; nothing begins anew."""
         ages = sorted({int(key.partition(".")[0]) for key in state}, reverse=True)
         self._past = [{k.partition(".")[2]: p for k, p in state.items() if k.startswith(f"{age}.")} for age in ages]
-        self._seen = None
