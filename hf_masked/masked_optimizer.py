@@ -110,8 +110,8 @@ def _begin(
     elementwise, policy = type(optimizer) in ELEMENTWISE, wanted.state_policy
     # a part cannot be a vector in its tensor's place
     alone = {p: m for p, m in moving.items() if elementwise and own_part(p) is p and p.is_contiguous() and p.ndim}
-    counted = counts(alone.values()) if policy != "decay" else [p.numel() for p in alone]
-    few = {p for p, n in zip(alone, counted, strict=True) if n <= FEW * p.numel()}
+    apart = {} if policy == "decay" else alone  # what is held must be stepped too, to decay
+    few = {p for p, n in zip(apart, counts(apart.values()), strict=True) if n <= FEW * p.numel()}
     searched = {p: m if p in few else ~m for p, m in moving.items() if p in few or p not in alone}
     for parameter, at in zip(searched, places(searched.values()), strict=True):
         step = stepped_apart if parameter in few else held_back

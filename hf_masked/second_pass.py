@@ -172,8 +172,17 @@ class SecondPassMixin(ForwardPassMixin):
         return self._perturbs(phase) or any(hasattr(rule, "load_state_dict") for rule in rules_of(phase))
 
     def _perturbs(self, phase: Phase) -> bool:
-        made_by = (phase, self._core.phase) if phase.network == "sum" else (phase,)
-        return any(p.perturbation is not None for p in made_by)
+        return any(p.perturbation is not None for p in self._made_by(phase))
+
+    def _made_by(self, phase: Phase) -> tuple[Phase, ...]:
+        """The phases whose perturbations an update's gradient is taken under."""
+        return (phase, self._core.phase) if phase.network == "sum" else (phase,)
+
+    def _end_displacing(self, phase: Phase) -> None:
+        """Tell the update's perturbations that its gradient is made."""
+        for part in self._made_by(phase):
+            if end_update := getattr(part.perturbation, "end_update", None):
+                end_update(self._now().info, {name: p.detach() for name, p in self._trained(part).items()})
 
     def _skip_unless_finite(self, norm: Any) -> None:
         """The same for the other updates of a joint run, by the norm of the reduced gradient, so alike on every

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .held_entries import entries_of
 from .types import StatePolicy
 
 # entries stepped at a time: by each thread of a processor; elsewhere, where a step is long to start, a share of all,
@@ -72,26 +73,21 @@ class _Tensor:
     def __init__(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: torch.Tensor):
         assert parameter.grad is not None
         parameter.grad = parameter.grad.contiguous()  # torch's fused kernels read it in the parameter's order
-        self.parameter, self._kept = parameter, kept
-        self._state = optimizer.state[parameter]
+        self.parameter, self._kept, self._optimizer = parameter, kept, optimizer
         self._before: dict[str, torch.Tensor] = {}
 
     def begin(self, policy: StatePolicy) -> None:
         """Remember what is to be put back; "decay" has a gradient of zero there."""
-        self._before = {"": self.parameter.detach().clone()}
-        if policy == "freeze":
-            self._before.update((key, value.clone()) for key, value in self._entries().items())
-        elif policy == "decay":
+        held = entries_of(self._optimizer, self.parameter, policy == "freeze")
+        self._before = {key: value.clone() for key, value in held.items()}
+        if policy == "decay":
             assert self.parameter.grad is not None
             put_back(self._kept, [(self.parameter.grad, None)])
 
     def end(self, policy: StatePolicy) -> None:
         """Put back what is held."""
-        now = {"": self.parameter.detach()} | (self._entries() if policy != "decay" else {})
+        now = entries_of(self._optimizer, self.parameter, policy != "decay")
         put_back(self._kept, [(value, self._before.get(key)) for key, value in now.items()])
-
-    def _entries(self) -> dict[str, torch.Tensor]:
-        return _per_entry(self._state, self.parameter)
 
 
 class _Piece(_Tensor):
@@ -111,35 +107,32 @@ class _Piece(_Tensor):
         assert whole.grad is not None
         piece = nn.Parameter(whole.data.view(-1)[span])
         piece.grad = whole.grad.reshape(-1)[span]
-        self._mine = {key: value.view(-1)[span] for key, value in _per_entry(state, whole).items()}
-        optimizer.state[piece] = _own_numbers(state, whole) | self._mine
+        self._given = {key: _part(value, whole, span) for key, value in state.items()}
+        optimizer.state[piece] = dict(self._given)
         super().__init__(optimizer, piece, kept.view(-1)[span])
-        self._optimizer, self._whole, self._span = optimizer, whole, span
+        self._whole, self._span = whole, span
 
     def end(self, policy: StatePolicy) -> None:
         """Put back what is held, and give the whole the state that the step has made, zero elsewhere until that is
         made."""
         super().end(policy)
+        entries = entries_of(self._optimizer, self.parameter, with_state=True)
         state = self._optimizer.state[self._whole]
-        entries = self._entries()
-        state.update((key, value) for key, value in self._state.items() if key not in entries)
-        for key, value in entries.items():
-            if value is not self._mine.get(key):
+        for key, value in self._optimizer.state.pop(self.parameter).items():
+            if key not in entries:
+                state[key] = value
+            elif value is not self._given.get(key):
                 if key not in state:
                     state[key] = value.new_zeros(self._whole.shape)
                 state[key].view(-1)[self._span] = value
-        del self._optimizer.state[self.parameter]
 
 
-def _per_entry(state: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-    shape = parameter.shape
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and value.shape == shape}
-
-
-def _own_numbers(state: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
-    """What is not per entry of a state; tensors (counters, which a step changes in place) are copies."""
-    numbers = state.keys() - _per_entry(state, parameter).keys()
-    return {key: state[key].clone() if isinstance(state[key], torch.Tensor) else state[key] for key in numbers}
+def _part(value: Any, whole: nn.Parameter, span: slice) -> Any:
+    """What a piece has of a tensor's state: its own entries in place, and a copy of a counter, which a step changes in
+    place."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.view(-1)[span] if value.shape == whole.shape else value.clone()
 
 
 @torch.no_grad()
@@ -178,7 +171,7 @@ def _at_a_time(masks: Iterable[nn.Parameter]) -> int:
     """Entries to be stepped by one call."""
     parameters = list(masks)
     if all(p.device.type == "cpu" for p in parameters):
-        most = int(_PER_THREAD * torch.get_num_threads())
+        most = _PER_THREAD * torch.get_num_threads()
     else:
         most = max(_LEAST, int(_SHARE * sum(p.numel() for p in parameters)))
     return -(-most // _ALIGNED) * _ALIGNED
@@ -193,8 +186,7 @@ def _parts(
         if parameter.numel() <= most:
             yield _Tensor(optimizer, parameter, kept)
             continue
-        state = optimizer.state[parameter]
-        state = _own_numbers(state, parameter) | _per_entry(state, parameter)
+        state = dict(optimizer.state[parameter])
         for begin in range(0, parameter.numel(), most):
             yield _Piece(optimizer, parameter, kept, slice(begin, begin + most), state)
 

@@ -240,12 +240,6 @@ class UpdateStepMixin(WatchedStepMixin):
             self._workers.trained(step.info)
         self._watch_update(phase, grad_mask, update_mask)
 
-    def _end_displacing(self, phase: Phase) -> None:
-        """Tell the update's perturbations that its gradient is made."""
-        for part in (phase, self._core.phase) if phase.network == "sum" else (phase,):
-            if end_update := getattr(part.perturbation, "end_update", None):
-                end_update(self._now().info, {name: p.detach() for name, p in self._trained(part).items()})
-
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         with self._unscaled():
             return super()._clip_grad_norm(self._clipped(model))

@@ -34,7 +34,7 @@ def largest_of_all(scores: Sequence[torch.Tensor], count: int, magnitude: bool =
     """The same of several tensors together, a mask of each; of equal entries the first.
 
     Cost: on a processor a copy of little more than `count` entries, of all where those are more than half; elsewhere
-        of all.
+        of all, where they are several or magnitudes.
 
     >>> largest_of_all([torch.tensor([3.0, -1.0]), torch.tensor([2.0])], 2)
     [tensor([ True, False]), tensor([True])]
@@ -43,11 +43,13 @@ def largest_of_all(scores: Sequence[torch.Tensor], count: int, magnitude: bool =
         return [torch.full_like(part, count > 0, dtype=torch.bool) for part in scores]
     flat = [part.flatten() for part in scores]
     on_processor = all(part.device.type == "cpu" for part in flat)
-    masks = _on_processor([_numbers(part) for part in flat], count, magnitude) if on_processor else None
+    masks = _on_processor([_wide(part).numpy() for part in flat], count, magnitude) if on_processor else None
     if masks is None:
-        joined = torch.cat([part.to(flat[0].device, torch.promote_types(part.dtype, torch.float32)) for part in flat])
+        joined = flat[0] if len(flat) == 1 else torch.cat([_wide(part).to(flat[0].device) for part in flat])
         mask = torch.zeros_like(joined, dtype=torch.bool)
-        mask.index_fill_(0, (joined.abs_() if magnitude else joined).topk(count, sorted=False).indices, True)
+        if magnitude:
+            joined = joined.abs() if len(flat) == 1 else joined.abs_()
+        mask.index_fill_(0, joined.topk(count, sorted=False).indices, True)
         masks = list(mask.split([part.numel() for part in flat]))
     return [mask.view(part.shape) for mask, part in zip(masks, scores, strict=True)]
 
@@ -63,9 +65,12 @@ def largest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view(scores.shape)
 
 
-def _numbers(flat: torch.Tensor) -> np.ndarray:
-    found: np.ndarray = (flat if flat.dtype in (torch.float32, torch.float64) else flat.float()).numpy()
-    return found
+def _wide(flat: torch.Tensor) -> torch.Tensor:
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def _total(masks: list[np.ndarray]) -> int:
+    return int(sum(map(np.count_nonzero, masks)))
 
 
 def _on_processor(parts: list[np.ndarray], count: int, magnitude: bool) -> list[torch.Tensor] | None:
@@ -78,10 +83,10 @@ def _on_processor(parts: list[np.ndarray], count: int, magnitude: bool) -> list[
     bound = _bound(sample, count / entries)
     if bound is not None:
         masks = [_reach(part, bound, magnitude) for part in parts]
-        if sum(map(np.count_nonzero, masks)) > entries / 2:  # as zeros are, in the gradient of an embedding
+        if _total(masks) > entries / 2:  # as zeros are, in the gradient of an embedding
             beyond = np.nextafter(bound, bound.dtype.type(np.inf))
             above = [_reach(part, beyond, magnitude) for part in parts]
-            missing = count - int(sum(map(np.count_nonzero, above)))
+            missing = count - _total(above)
             if missing >= 0:
                 for mask, more in zip(masks, above, strict=True):
                     found = _first(mask ^ more, missing)
@@ -128,7 +133,7 @@ def _partitioned(parts: list[np.ndarray], count: int, magnitude: bool = False) -
     threshold = joined[len(joined) - count]
     del joined
     masks = [_reach(part, threshold, magnitude) for part in parts]
-    surplus = int(sum(map(np.count_nonzero, masks))) - count
+    surplus = _total(masks) - count
     for part, mask in zip(reversed(parts), reversed(masks), strict=True):
         if not surplus:
             break

@@ -207,7 +207,7 @@ def masked_step_ratios(setting: Setting, kind: str, clock: str, rounds: int = 5)
     for parameter in (p for model in twins for p in model.parameters()):
         parameter.grad = torch.randn_like(parameter)
     plain, masked = (
-        torch.optim.AdamW(model.parameters(), lr=1e-4, **{k: True})  # type: ignore[arg-type]
+        torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=k == "foreach", fused=k == "fused")
         for model, k in zip(twins, ("foreach", kind), strict=True)
     )
     steps, parameters = MaskedSteps(masked), dict(twins[1].named_parameters())
