@@ -5,7 +5,7 @@ A piece is a run of a tensor's entries in the same memory, with its gradient and
 optimizers that move every entry by itself.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -167,9 +167,8 @@ def _step(optimizer: Any, parts: list[_Tensor], policy: StatePolicy) -> None:
             part.end(policy)
 
 
-def _at_a_time(masks: Iterable[nn.Parameter]) -> int:
+def _at_a_time(parameters: Collection[nn.Parameter]) -> int:
     """Entries to be stepped by one call."""
-    parameters = list(masks)
     if all(p.device.type == "cpu" for p in parameters):
         most = _PER_THREAD * torch.get_num_threads()
     else:
