@@ -22,6 +22,7 @@ from torch import nn
 
 from .masks.blocks import block_of
 from .parts import made_whole
+from .types import Points
 
 Tensors = Mapping[str, torch.Tensor]
 MaskValues = Mapping[str, torch.Tensor | bool]
@@ -50,10 +51,13 @@ class Measure:
         """The rule, whose answer is measured on its way."""
 
         def measured(parameters: Tensors) -> Tensors:
-            deltas = rule(parameters)
-            self.displaced += float(_energy(list(deltas.values())))
+            given = rule(parameters)
+            if isinstance(given, Points):
+                self.displaced += sum(float(_energy([point - parameters[name]])) for name, point in given.items())
+            else:
+                self.displaced += float(_energy(list(given.values())))
             self.at += float(_energy(list(parameters.values())))
-            return deltas
+            return given
 
         return measured
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .parts import own_part, part_of
+from .types import Points
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -22,32 +23,66 @@ def displaced(
     """Inside, the parameters are x + dx with dx = rule(x); afterwards they are x again, bit for bit.
 
     On a processor x + dx is made beside x and takes its place for as long; elsewhere others may know a parameter by
-    where it lies (graphs that were captured, shards), so x is copied, and copied back.
+    where it lies (graphs that were captured, shards), so x is copied, and copied back. `Points` take the places of the
+    parameters, or of what these hold, and give them back.
 
     Args: `given_away`: what the rule answers is nobody else's, and may be written over.
 
-    Raises: ValueError where dx names a parameter that is not there.
+    Raises: ValueError where dx names a parameter that is not there, or a point is unlike the parameter.
 
     Cost: one copy of the parameters that are displaced: dx, which becomes x + dx (elsewhere than on a processor, x).
-        Where it is not given away, one more of the largest.
+        Where it is not given away, one more of the largest. Of `Points` none.
     """
     with torch.no_grad():
         given = rule({name: p.detach() for name, p in parameters.items()})
         del rule  # and with it a gradient that it may hold
         check_names("perturbation", given, parameters)
-        deltas = dict(given)
+        points, deltas = isinstance(given, Points), dict(given)
         del given
         saved: dict[str, torch.Tensor] = {}
     try:
         with torch.no_grad():
             for name in list(deltas):
                 # freed one by one: a displacement and the copy it forces are not both held
-                saved[name] = _displace(parameters[name], deltas.pop(name), given_away)
+                delta = deltas.pop(name)
+                saved[name] = (
+                    _trade(parameters[name], delta) if points else _displace(parameters[name], delta, given_away)
+                )
         yield
     finally:
         with torch.no_grad():
             for name, value in saved.items():
-                _put_back(parameters[name], value)
+                _trade(parameters[name], value) if points else _put_back(parameters[name], value)
+
+
+def _trade(parameter: nn.Parameter, point: torch.Tensor) -> torch.Tensor:
+    """Let a parameter be what a tensor is; returns where its own value lies, from where it is traded back."""
+    theirs, wanted = ((t.shape, t.dtype, t.device) for t in (point, parameter))
+    if theirs != wanted:
+        raise ValueError(
+            f"got Points of (shape, dtype, device) {theirs} for a parameter of {wanted}; needs the same, because they "
+            "stand in for it; mend the function in plan="
+        )
+    if _moves(parameter):
+        x = parameter.data
+        parameter.data = point
+        return x
+    for now, other in _pieces(own_part(parameter), own_part(point)):
+        _swap(now, other)
+    return point
+
+
+def _pieces(now: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Two tensors of one shape a few entries at a time, where they lie in one order; else whole."""
+    if not (now.is_contiguous() and other.is_contiguous()):
+        return iter([(now, other)])
+    return zip(now.view(-1).split(_AT_ONCE), other.view(-1).split(_AT_ONCE), strict=True)
+
+
+def _swap(now: torch.Tensor, other: torch.Tensor) -> None:
+    held = now.clone()
+    now.copy_(other)
+    other.copy_(held)
 
 
 def _displace(parameter: nn.Parameter, delta: torch.Tensor, given_away: bool) -> torch.Tensor:
@@ -73,10 +108,9 @@ def _could_be(parameter: nn.Parameter, delta: torch.Tensor) -> bool:
 
 def _exchanged(parameter: nn.Parameter, delta: torch.Tensor) -> torch.Tensor:
     """Let a parameter be x + dx, and dx be x, which is returned."""
-    for now, other in zip(parameter.view(-1).split(_AT_ONCE), delta.view(-1).split(_AT_ONCE), strict=True):
-        x = now.clone()
-        now.add_(other)
-        other.copy_(x)
+    for now, other in _pieces(parameter, delta):
+        other.add_(now)
+        _swap(now, other)
     return delta
 
 

@@ -1,7 +1,7 @@
 """The replay buffer: the last n batches of the full updates, with the logits that those computed anyway.
 
-Batches from before the core starts are kept as well, without logits: the core has not seen them, and they cost
-nothing.
+The last n before the core starts are kept as well: by then it has a buffer full of batches that it has not seen,
+which teach it more than a few that it sees again and again.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ from .transfer import moved_to
 from .types import StepInfo
 
 # what its tensors are called, as a regular expression
-REPLAY_NAME = r"([a-z]\w*\.)?(uses|batches|taught)|\d+\.(num_items|\d+\.(inputs|teaching)\..+)"
+REPLAY_NAME = r"([a-z]\w*\.)?(uses|batches)|\d+\.(num_items|\d+\.(inputs|teaching)\..+)"
 
 
 @dataclass
@@ -63,8 +63,7 @@ class Batch:
 class ReplayBuffer:
     """The last `capacity` batches that a core may learn from, in main memory, and how often it has learned from each.
 
-    Several cores have one each, which hold the same `Batch` objects; what another core was taught of a batch stays
-    that one's.
+    Several cores have one each, which hold the same `Batch` objects.
 
     Args: `capacity` >= 0 batches; 0 keeps none.
     """
@@ -72,7 +71,6 @@ class ReplayBuffer:
     def __init__(self, capacity: int):
         self.batches: deque[Batch] = deque(maxlen=capacity)
         self._uses: deque[int] = deque(maxlen=capacity)
-        self._taught: deque[bool] = deque(maxlen=capacity)
 
     def check(self, inputs: Mapping[str, Any]) -> None:
         """Refuse inputs that no checkpoint could carry.
@@ -86,15 +84,11 @@ class ReplayBuffer:
                     "the replay buffer as safetensors; set --distill_buffer 0"
                 )
 
-    def add(self, batch: Batch, uses: int = 0, taught: bool = True) -> None:
+    def add(self, batch: Batch, uses: int = 0) -> None:
         """Append a batch in main memory that the core has learned from `uses` times, dropping the oldest one of a full
-        buffer.
-
-        Args: `taught`: whether what the full network said to it, if anything, is for this core.
-        """
+        buffer."""
         self.batches.append(batch)
         self._uses.append(uses)
-        self._taught.append(taught)
 
     def draw(self, info: StepInfo) -> Batch:
         """One of the batches that the core has learned from least often, since repeated ones teach it less.
@@ -105,7 +99,7 @@ class ReplayBuffer:
         candidates = [index for index, uses in enumerate(self._uses) if uses == least]
         drawn = candidates[int(torch.randint(len(candidates), (), generator=info.generator("replay")))]
         self._uses[drawn] += 1
-        return self.batches[drawn] if self._taught[drawn] else self.batches[drawn].without_teaching()
+        return self.batches[drawn]
 
     @property
     def capacity(self) -> int:
@@ -126,14 +120,13 @@ class ReplayBuffer:
         """Read what `save` wrote."""
         named = _read(file)
         uses = named.pop("uses").tolist()
-        self._put([_batch(group) for group in _grouped(named.items())], uses, [True] * len(uses))
+        self._put([_batch(group) for group in _grouped(named.items())], uses)
 
-    def _put(self, batches: Iterable[Batch], uses: list[int], taught: list[bool]) -> None:
+    def _put(self, batches: Iterable[Batch], uses: list[int]) -> None:
         self.batches.clear()
         self._uses.clear()
-        self._taught.clear()
-        for batch, count, own in zip(batches, uses, taught, strict=True):
-            self.add(batch, count, own)
+        for batch, count in zip(batches, uses, strict=True):
+            self.add(batch, count)
 
 
 def size_of(buffers: Sequence[ReplayBuffer]) -> int:
@@ -152,7 +145,6 @@ def save_buffers(buffers: Mapping[str, ReplayBuffer], file: Path) -> None:
     for name, buffer in buffers.items():
         named[f"{name}.batches"] = torch.tensor([number[id(batch)] for batch in buffer.batches], dtype=torch.int64)
         named[f"{name}.uses"] = torch.tensor(buffer._uses, dtype=torch.int64)
-        named[f"{name}.taught"] = torch.tensor(buffer._taught, dtype=torch.bool)
     write_tensors(file, named)
 
 
@@ -161,10 +153,10 @@ def load_buffers(buffers: Mapping[str, ReplayBuffer], file: Path) -> None:
     if len(buffers) == 1:
         return next(iter(buffers.values())).load(file)
     named = _read(file)
-    told = {name: [named.pop(f"{name}.{what}").tolist() for what in ("batches", "uses", "taught")] for name in buffers}
+    told = {name: [named.pop(f"{name}.{what}").tolist() for what in ("batches", "uses")] for name in buffers}
     distinct = [_batch(group) for group in _grouped(named.items())]
-    for name, (numbers, uses, taught) in told.items():
-        buffers[name]._put([distinct[n] for n in numbers], uses, taught)
+    for name, (numbers, uses) in told.items():
+        buffers[name]._put([distinct[n] for n in numbers], uses)
 
 
 def _distinct(buffers: Sequence[ReplayBuffer]) -> list[Batch]:

@@ -62,22 +62,21 @@ class RidingMixin(UpdateStepMixin):
             return
         kept = step.seen.to("cpu")
         for run in riding:
-            run.replay.add(kept, uses=1, taught=run.learns)
+            run.replay.add(kept, uses=1)
         for run in later:
-            run.replay.add(kept, taught=False)
+            run.replay.add(kept)
 
     def _ride(self, step: UpdateStep, phases: tuple[Phase, ...]) -> None:
         """The updates of a core that follow a full one: on its own batch first, then on batches drawn from the
         buffer."""
-        newest = self._core.given(step.seen)
         held = self.current_gradient_accumulation_steps
         self._use(self._core)
         for update, phase in enumerate(phases, start=1):
             info = replace(step.info, update=update, turn=self._core.turn(step.info.step) + update - 1)
-            batch = self._core.replay.draw(info) if update > 1 and self._core.replay.batches else newest
+            batch = self._core.replay.draw(info) if update > 1 and self._core.replay.batches else step.seen
             self._step = UpdateStep(info, phase)
             with own_random_stream(info.random_seed("core_update"), self.args.device):
-                self._core_update(phase, batch)
+                self._core_update(phase, self._core.given(batch))
         self._step = None
         self._use(self._full)
         self.current_gradient_accumulation_steps = held

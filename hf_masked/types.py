@@ -61,12 +61,21 @@ class StepInfo:
         return torch.Generator().manual_seed(self.random_seed(*names))
 
 
+class Points(dict[str, torch.Tensor]):
+    """A perturbation's answer x + dx in place of dx, in tensors like the parameters that the rule keeps.
+
+    They stand in for the parameters while the gradient is made, and are afterwards what they were; until then they may
+    hold x.
+    """
+
+
 class Perturbation(Protocol):
     """dx[t]: maps the parameters to the displacements at which the gradient is taken.
 
     Args: `parameters`, name -> tensor, detached, not to be written to. Returns name -> tensor of the same shape and
     dtype; a name left out is not displaced. With the attribute `given_away = True` these may be written over: it keeps
-    none of them. A method `end_update(info, parameters)` is called once an update's gradient is made, before its step.
+    none of them; what it does keep may be lent as `Points`. A method `end_update(info, parameters)` is called once an
+    update's gradient is made, before its step.
     """
 
     def __call__(

@@ -165,10 +165,11 @@ class UpdateStepMixin(WatchedStepMixin):
         """Forward and backward of one microbatch through one network, at x + dx where the phase perturbs. Its loss is
         such a share of the update's."""
         step = self._now()
-        learners = self._cores if phase.network == "sum" else [run for run, _ in step.rides]
+        riding = [run for run, _ in step.rides]
+        later = [run for run in self._cores if run.keeps_for_later(step.info.step)]
+        learners = self._cores if phase.network == "sum" else [*riding, *later]
         teaches = network == "full" and any(run.learns for run in learners)
-        later = any(run.keeps_for_later(step.info.step) for run in self._cores)
-        keep = network == "full" and (bool(step.rides) or teaches or later)
+        keep = teaches or (network == "full" and bool(riding or later))
         under_way = ForwardPass(phase, network, teaching, keep=keep, keep_teaching=teaches)
         apart: AbstractContextManager[None] = self._host_metrics_apart() if network == "core" else nullcontext()
         self._watch_microbatch(model, inputs, num_items, phase, network, teaching)

@@ -19,6 +19,7 @@ from hf_masked.meprop import MeProp
 from hf_masked.methods import Method
 from hf_masked.perturbations import LayerDrop
 from hf_masked.reference import partial_sgd_step
+from hf_masked.types import Points
 
 Values = dict[str, torch.Tensor]
 Gradient = Callable[..., Mapping[str, torch.Tensor]]
@@ -74,10 +75,12 @@ def displacement(method: Method, info: StepInfo, x: Values, slope: Callable[[Val
         return {n: -x[n] for n in dropped(method.backward, info, x) if "norm" not in n}
     rule: Any = method.perturbation
     given = {"gradients": dict(slope(x))} if getattr(rule, "needs_gradient", False) else {}
-    dx = {} if rule is None else dict(rule(info, {n: v.clone() for n, v in x.items()}, **given))
+    dx = {} if rule is None else rule(info, {n: v.clone() for n, v in x.items()}, **given)
+    if isinstance(dx, Points):
+        dx = {n: point - x[n] for n, point in dx.items()}
     if hasattr(rule, "end_update"):
         rule.end_update(info, x)
-    return dx
+    return dict(dx)
 
 
 def batch_of(method: Method, info: StepInfo) -> int | torch.Tensor:

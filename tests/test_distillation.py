@@ -336,14 +336,35 @@ def test_buffer_draws_the_least_used_batch() -> None:
     assert 5 not in drawn(buffer, seed=0, updates=range(2, 10))
 
 
-@pytest.mark.parametrize(("capacity", "expected"), [(8, [False] * 3 + [True] * 3), (4, [False, True, True, True])])
-def test_batches_from_before_the_core_starts_are_kept_without_logits(
-    capacity: int, expected: list[bool], tmp_path: Path
+@pytest.mark.parametrize("capacity", [8, 5])
+def test_the_last_batches_before_the_core_starts_are_kept_with_what_the_full_said(
+    capacity: int, tmp_path: Path
 ) -> None:
+    """A full network at rest would say the same again; one that learns would not, of batches from before its end."""
+
+    def said_again(folder: Path, **options: Any) -> list[bool]:
+        schedule = {"name": "ride_along", "core_updates": 2.0, "start": 3}
+        model = add_core(tiny(), LowRankCoreConfig(rank=4))
+        trainer = fit(folder, model, max_steps=6, schedule=schedule, distill_buffer=capacity, **options)
+        same = []
+        for kept in trainer._core.replay.batches:
+            (microbatch,) = kept.microbatches
+            with torch.no_grad():
+                outputs = trainer.model(**microbatch.inputs)
+            args = trainer.args
+            says = Teaching.from_logits(outputs.logits, args.distill_top_k, args.distill_temperature, outputs.loss)
+            same.append(torch.equal(says.values, microbatch.teaching.values))
+        return same
+
+    assert said_again(tmp_path / "rests", learning_rate=0.0) == [True] * min(capacity, 6)
+    assert not any(said_again(tmp_path / "learns"))
+
+
+def test_a_core_that_is_not_taught_keeps_no_logits(tmp_path: Path) -> None:
     schedule = {"name": "ride_along", "core_updates": 2.0, "start": 3}
     model = add_core(tiny(), LowRankCoreConfig(rank=4))
-    trainer = fit(tmp_path, model, max_steps=6, schedule=schedule, distill_buffer=capacity)
-    assert [b.microbatches[0].teaching is not None for b in trainer._core.replay.batches] == expected
+    trainer = fit(tmp_path, model, max_steps=6, schedule=schedule, distill_weight=0.0)
+    assert [b.microbatches[0].teaching for b in trainer._core.replay.batches] == [None] * 6
 
 
 def test_buffer_comes_back_from_disk(tmp_path: Path) -> None:

@@ -63,9 +63,8 @@ def gaussian(sigma: Spec = 0.01, anti_correlated: bool = False) -> Method:
 def stale(tau: int = 1) -> Method:
     """Stale gradients: those of the parameters tau updates ago, as asynchronous workers would send them.
 
-    (dx, p) = (x[t-tau] - x[t], 1). Agarwal and Duchi 2011. One pass; memory: one copy of the parameters, and the tau
-    last ones, which are saved in checkpoints. Known: diverges unless the learning rate shrinks with tau. A study of
-    delay, no gain.
+    (dx, p) = (x[t-tau] - x[t], 1). Agarwal and Duchi 2011. One pass; memory: tau copies of the parameters, which
+    are saved in checkpoints. Known: diverges unless the learning rate shrinks with tau. A study of delay, no gain.
     """
     return Method(Stale(tau))
 

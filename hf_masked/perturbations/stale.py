@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..types import StepInfo
+from ..types import Points, StepInfo
 from ..values import make_value
 
 Tensors = Mapping[str, torch.Tensor]
@@ -13,22 +13,19 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass
 class Stale:
-    """dx = x[t - tau] - x[t]; in the first tau updates, x[0] - x[t].
+    """x + dx = x[t - tau], so dx = x[t - tau] - x[t]; in the first tau updates x[0].
 
     Args:
         tau: delay in updates of this phase, an integer >= 0.
 
-    Cost: tau copies of the trained parameters, in checkpoints too, besides the one that any perturbation takes.
+    Cost: tau copies of the trained parameters, in checkpoints too; the oldest one stands in for the parameters.
 
     Source: the delayed-gradient model of asynchronous SGD, Agarwal, Duchi, "Distributed Delayed Stochastic
     Optimization", NIPS 2011.
-
-    Deviation: x + dx is x[t - tau] to rounding.
     """
 
     tau: int = 1
     on_parts = True
-    given_away = True
 
     def __post_init__(self) -> None:
         make_value(self.tau, "tau", 0)
@@ -39,8 +36,11 @@ class Stale:
         self._past: list[dict[str, torch.Tensor]] = []
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
-        past = self._past[0] if self._past else {}
-        return {name: value.to(parameters[name]) - parameters[name] for name, value in past.items()}
+        if not self._past:
+            return Points()
+        # those of a checkpoint are moved once, to where they are needed
+        oldest = self._past[0] = {name: value.to(parameters[name]) for name, value in self._past[0].items()}
+        return Points(oldest)
 
     def end_update(self, info: StepInfo, parameters: Tensors) -> None:
         """Remember the parameters that the update's gradient belongs to, before it moves them."""
