@@ -48,11 +48,13 @@ class CoreReductionMixin(SecondPassMixin):
     def _wrap_core(self, network: Any, find_unused: bool = False) -> Any:
         """The core as accelerate wraps it, with or without a look for unused parameters in every pass, unless the user
         said."""
+        # wrapped before, by an evaluation, another trainer or at another size: mixed precision is put on anew, once
+        vars(network).pop("_is_accelerate_prepared", None)
+        if "_original_forward" in vars(network):
+            network.forward = network._original_forward
         handler = self.accelerator.ddp_handler
         if handler is None or self._user_says_what_is_used():
             return self.accelerator.prepare_model(network)
-        if "_original_forward" in vars(network):  # wrapped before, at another size: mixed precision is put on once
-            network.forward = network._original_forward
         said, handler.find_unused_parameters = handler.find_unused_parameters, find_unused
         try:
             return self.accelerator.prepare_model(network)
