@@ -31,7 +31,12 @@ from benchmarks.steps import Measurements, measure_steps
 # what is divided by what, its title, and the goal for the ratio
 COMPARISONS: list[tuple[str, str, str, float | None]] = [
     ("off", "plain", "MaskedTrainer with nothing switched on / Trainer", 1.02),
-    ("ride before", "plain", "ride_along, full update before the core starts / plain full step", 1.02),
+    (
+        "ride before",
+        "plain",
+        "ride_along, full update of the last distill_buffer before the core starts / plain full step",
+        1.02,
+    ),
     ("ride after", "plain", "ride_along, full update that core updates follow / plain full step", 1.02),
     ("shared", "plain", "full step, A and B shared (W = B A + R) / plain full step", 1.10),
     ("core", "native", "core step / step of a natively low-rank model", 1.05),
