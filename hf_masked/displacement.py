@@ -6,14 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .parts import own_part, part_of
+from .parts import in_pieces, own_part, part_of
 from .types import Points
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-# entries that are exchanged at a time
-_AT_ONCE = 2**22
 
 
 @contextmanager
@@ -67,16 +63,9 @@ def _trade(parameter: nn.Parameter, point: torch.Tensor) -> torch.Tensor:
         x = parameter.data
         parameter.data = point
         return x
-    for now, other in _pieces(own_part(parameter), own_part(point)):
+    for now, other in in_pieces(parameter, point):
         _swap(now, other)
     return point
-
-
-def _pieces(now: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Two tensors of one shape a few entries at a time, where they lie in one order; else whole."""
-    if not (now.is_contiguous() and other.is_contiguous()):
-        return iter([(now, other)])
-    return zip(now.view(-1).split(_AT_ONCE), other.view(-1).split(_AT_ONCE), strict=True)
 
 
 def _swap(now: torch.Tensor, other: torch.Tensor) -> None:
@@ -108,7 +97,7 @@ def _could_be(parameter: nn.Parameter, delta: torch.Tensor) -> bool:
 
 def _exchanged(parameter: nn.Parameter, delta: torch.Tensor) -> torch.Tensor:
     """Let a parameter be x + dx, and dx be x, which is returned."""
-    for now, other in _pieces(parameter, delta):
+    for now, other in in_pieces(parameter, delta):
         other.add_(now)
         _swap(now, other)
     return delta

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# entries that are worked on at a time
+_AT_ONCE = 2**22
+
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What of a tensor lies on this process, in the same memory; the tensor itself where it is whole."""
@@ -44,6 +47,15 @@ def as_part(part: torch.Tensor, like: Any) -> torch.Tensor:
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return made
+
+
+def in_pieces(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What of two tensors of one shape lies on this process, some entries at a time, where they lie in one order; else
+    all."""
+    one, other = own_part(one), own_part(other)
+    if not (one.is_contiguous() and other.is_contiguous()):
+        return iter([(one, other)])
+    return zip(one.view(-1).split(_AT_ONCE), other.view(-1).split(_AT_ONCE), strict=True)
 
 
 def works_on_parts(rule: Any) -> bool:

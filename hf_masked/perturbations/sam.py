@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..parts import made_whole
+from ..parts import in_pieces, made_whole
 from ..types import StepInfo
 from ..values import Spec, make_value
 
@@ -61,7 +61,7 @@ class Asam:
         eta: >= 0, added to |x| so that zeros are displaced too (the paper: 0.01), or its schedule.
         all_processes: as of `Sam`.
 
-    Cost: that of `Sam`, and one tensor of the largest parameter's size.
+    Cost: that of `Sam`.
 
     Source: Kwon, Kim, Park, Choi, "ASAM: Adaptive Sharpness-Aware Minimization", ICML 2021, equation 9 and section 5.
 
@@ -83,12 +83,19 @@ class Asam:
         if not gradients:
             return {}
         eta = self._eta(info)
-        for name, gradient in gradients.items():
-            gradient.mul_(parameters[name].abs().add_(eta))
+        _scale(gradients, parameters, eta)
         scale = self._rho(info) / (_norm(list(gradients.values())) + _TINY)
-        for name, gradient in gradients.items():
-            gradient.mul_(parameters[name].abs().add_(eta)).mul_(scale)
+        _scale(gradients, parameters, eta)
+        for gradient in gradients.values():
+            gradient.mul_(scale)
         return gradients
+
+
+def _scale(gradients: Tensors, parameters: Tensors, eta: float) -> None:
+    """Multiply by |x| + eta."""
+    for name, gradient in gradients.items():
+        for g, x in in_pieces(gradient, parameters[name]):
+            g.mul_(x.abs().add_(eta))
 
 
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
