@@ -62,7 +62,7 @@ class StepInfo:
 
 
 class Points(dict[str, torch.Tensor]):
-    """A perturbation's answer x + dx in place of dx, in tensors like the parameters that the rule keeps.
+    """A perturbation's answer x + dx in place of dx, in tensors like the parameters, which it may keep.
 
     They stand in for the parameters while the gradient is made, and are afterwards what they were; until then they may
     hold x.
@@ -74,7 +74,7 @@ class Perturbation(Protocol):
 
     Args: `parameters`, name -> tensor, detached, not to be written to. Returns name -> tensor of the same shape and
     dtype; a name left out is not displaced. With the attribute `given_away = True` these may be written over: it keeps
-    none of them; what it does keep may be lent as `Points`. A method `end_update(info, parameters)` is called once an
+    none of them. `Points` are not to be added to x. A method `end_update(info, parameters)` is called once an
     update's gradient is made, before its step.
     """
 

@@ -175,10 +175,9 @@ def test_gaussian_noise_has_its_moments_and_cancels_over_time() -> None:
 @pytest.mark.parametrize("structure", ["entries", "inputs"])
 def test_drop_connect_keeps_a_scaled_part_and_trains_that(structure: str) -> None:
     rule, x = DropConnect(0.75, structure, pattern="w"), {"w": torch.rand(400, 300) + 1, "b": torch.rand(30, 3)}
-    deltas, kept = rule(INFO, x), rule.mask(INFO, {n: torch.zeros_like(v) for n, v in x.items()})
-    assert set(deltas) == set(kept) == {"w"}
-    at = x["w"] + deltas["w"]
-    torch.testing.assert_close(at, torch.where(kept["w"], x["w"] / 0.75, 0.0), atol=1e-6, rtol=1e-6)
+    at, kept = rule(INFO, x), rule.mask(INFO, {n: torch.zeros_like(v) for n, v in x.items()})
+    assert set(at) == set(kept) == {"w"}
+    assert torch.equal(at["w"], torch.where(kept["w"], x["w"] / 0.75, 0.0))
     assert abs(kept["w"].float().mean() - 0.75) < (0.01 if structure == "entries" else 0.08)
     assert kept["w"].shape == ((400, 300) if structure == "entries" else (1, 300))
 
@@ -190,14 +189,14 @@ def test_quantizers() -> None:
     # bfloat16 rounds x itself, by as much as half a level
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-6), (torch.bfloat16, 0.05)):
         at = x["w"].to(dtype)
-        at = at + Quantize("int8")(INFO, {"w": at})["w"]
+        at = Quantize("int8")(INFO, {"w": at})["w"]
         torch.testing.assert_close(at.float(), expected, atol=tolerance, rtol=0)
     for to, levels in {"int4": 15, "ternary": 3, "binary": 2}.items():
-        at = x["w"] + Quantize(to)(INFO, x)["w"]
-        per_row = [len(torch.unique((row * 1e4).round())) for row in at]
+        at = Quantize(to)(INFO, x)["w"]
+        per_row = [len(torch.unique(row)) for row in at]
         assert max(per_row) <= levels, to
-        assert len(torch.unique((at * 1e4).round())) > levels, "one scale for all rows"
-    ternary = x["w"] + Quantize("ternary")(INFO, x)["w"]
+        assert len(torch.unique(at)) > levels, "one scale for all rows"
+    ternary = Quantize("ternary")(INFO, x)["w"]
     row, kept = x["w"][0].abs(), ternary[0].abs() > 1e-6
     assert torch.equal(kept, row > 0.7 * row.mean())
     torch.testing.assert_close(ternary[0].abs().max(), row[kept].mean())

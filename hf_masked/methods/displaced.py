@@ -76,10 +76,10 @@ def drop_connect(keep: Spec = 0.9, structure: str = "entries", pattern: str | No
     """DropConnect: every update runs with a random part of the weights, scaled up, and trains that part.
 
     (dx, p) = (m x / keep - x, m). Wan et al. 2013 (keep = 0.5 in a last layer; Transformers bear far less). One pass;
-    memory: one copy of the matrices, one random number per entry and microbatch. Nothing saved. Known: noise in
-    embeddings and in the head hurts first; `pattern` (a regular expression) leaves them out. Deviations: one draw per
-    update, not per example; without the chain rule's 1 / keep; p is a gradient mask, so under AdamW moments and decay
-    move dropped entries too.
+    memory: one copy of the matrices, and p, a byte an entry; one random number an entry and update. Nothing saved.
+    Known: noise in embeddings and in the head hurts first; `pattern` (a regular expression) leaves them out.
+    Deviations: one draw per update, not per example; without the chain rule's 1 / keep; p is a gradient mask, so under
+    AdamW moments and decay move dropped entries too.
     """
     rule = DropConnect(keep, structure, pattern)
     return Method(rule, grad_mask=rule.mask)

@@ -8,7 +8,7 @@ import torch
 from ..draws import bernoulli
 from ..masks.entries import multiply
 from ..parts import part_of
-from ..types import StepInfo
+from ..types import Points, StepInfo
 from ..values import Spec, make_value
 from .chosen import check_pattern, matrices
 
@@ -39,7 +39,6 @@ class DropConnect:
     structure: str = "entries"
     pattern: str | None = None
     on_parts = True
-    given_away = True
 
     def __post_init__(self) -> None:
         self.keep = self._keep = make_value(self.keep, "keep", 0, 1, above=True)
@@ -53,12 +52,11 @@ class DropConnect:
             )
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
-        keep, deltas = self._keep(info), {}
+        keep, points = self._keep(info), Points()
         for name, p in matrices(parameters, self.pattern).items():
-            deltas[name] = p / keep
-            multiply(deltas[name], part_of(self._kept(info, name, p, keep), p))
-            deltas[name].sub_(p)
-        return deltas
+            points[name] = p / keep
+            multiply(points[name], part_of(self._kept(info, name, p, keep), p))
+        return points
 
     def mask(self, info: StepInfo, gradients: Tensors) -> Tensors:
         """p[t]: the same draw, as a mask of gradients."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..parts import as_part, own_part
-from ..types import StepInfo
+from ..types import Points, StepInfo
 from .chosen import check_pattern, matrices
 
 Tensors = Mapping[str, torch.Tensor]
@@ -48,7 +48,7 @@ QUANTIZERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass
 class Quantize:
-    """dx = Q(x) - x on the matrices: forward and backward run with Q(x), the update moves x.
+    """x + dx = Q(x) on the matrices, so dx = Q(x) - x: forward and backward run with Q(x), the update moves x.
 
     Args:
         to: "int8" or "int4": round(x / s) s with s = max |x| / 127 or / 7; "ternary": {-s, 0, s}, zero where
@@ -68,7 +68,6 @@ class Quantize:
     to: str = "int8"
     per_channel: bool = True
     pattern: str | None = None
-    given_away = True
 
     def __post_init__(self) -> None:
         check_pattern(self.pattern)
@@ -79,13 +78,14 @@ class Quantize:
             )
 
     def __call__(self, info: StepInfo, parameters: Tensors) -> Tensors:
-        return {name: as_part(self._delta(own_part(p)), p) for name, p in matrices(parameters, self.pattern).items()}
+        chosen = matrices(parameters, self.pattern)
+        return Points({name: as_part(self._quantized(own_part(p)), p) for name, p in chosen.items()})
 
     @property
     def on_parts(self) -> bool:
         """Whether a part of a sharded matrix, which is some of its rows, is quantized as the whole is."""
         return self.per_channel
 
-    def _delta(self, p: torch.Tensor) -> torch.Tensor:
+    def _quantized(self, p: torch.Tensor) -> torch.Tensor:
         rows = p.flatten(1) if self.per_channel else p.reshape(1, -1)
-        return QUANTIZERS[self.to](rows).view(p.shape).sub_(p)
+        return QUANTIZERS[self.to](rows).view(p.shape).to(p.dtype)
