@@ -65,8 +65,8 @@ class RideAlong:
     [(), (), ('core',), ('core', 'core')]
     """
 
-    core_updates: float = 6.0
-    start: int | float = 0.75
+    core_updates: float = 15.0
+    start: int | float = 0.9
 
     def __post_init__(self) -> None:
         number = isinstance(self.core_updates, int | float) and not isinstance(self.core_updates, bool)

@@ -64,7 +64,8 @@ class MaskedTrainerMixin(PreparationMixin, RidingMixin, DistributedMixin, JointR
         NotADirectoryError, PermissionError or FileExistsError for an output_dir that `export` could not write to.
 
     Cost: the core's parameters and training state, its own updates, `distill_buffer` batches with their largest logits
-        in main memory; of a method, what its card says.
+        in main memory, selected in each full update from as many before the core starts, where a model that puts out
+        no logits beside its loss makes one more forward pass; of a method, what its card says.
 
     Source: Mohtashami, Jaggi, Stich, AISTATS 2022, arXiv 2106.08895; `ride_along` and what it teaches are this
         package's.
