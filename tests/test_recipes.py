@@ -168,7 +168,7 @@ def test_causal_lm_reports_a_row_per_core(tmp_path: Path) -> None:
     printed = run("causal_lm.py", *common)
     results = json.loads((tmp_path / "out/results.json").read_text())
     (joint,) = results["runs"]
-    assert (joint["full_updates"], joint["core_updates"]) == (4, 2 * 1 + 3 * 5) and not joint["core"]
+    assert (joint["full_updates"], joint["core_updates"]) == (4, 2 * 1 + 3 * 12) and not joint["core"]
     assert [network["name"] for network in results["networks"]] == ["full", "small", "thin"]
     for network in results["networks"]:
         assert re.search(rf"^\| {network['name']} .*{network['parameters']:,}", printed, re.M)
