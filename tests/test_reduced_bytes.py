@@ -275,9 +275,11 @@ def test_each_rung_sends_its_own_blocks(folder: Path) -> None:
 def test_a_mask_of_whole_tensors_sends_what_it_keeps(folder: Path) -> None:
     """Whether backward stops below it (`badam`, where DistributedDataParallel looks for unused parameters) or not."""
     run = told(folder)
+    # the gradients; what else is sent (which parameters were used) may overtake them
+    largest = {name: max(masked["sent"]) for name, masked in run["masked"].items()}
     for name in ("badam", "still", "layer_drop", "diagnosed"):
-        assert run["masked"][name]["sent"][0] < 0.6 * run["all"], name
-    assert [run["masked"][n]["sent"][0] for n in ("badam", "still", "diagnosed")] == [run["block"]] * 3
+        assert largest[name] < 0.6 * run["all"], name
+    assert [largest[n] for n in ("badam", "still", "diagnosed")] == [run["block"]] * 3
     assert run["masked"]["diagnosed"]["logged"] == [4 * run["block"]] * 2
 
 
