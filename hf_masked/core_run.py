@@ -93,7 +93,7 @@ class CoreRun(Stepper):
         return start is not None and start - self.replay.capacity <= step < start
 
     def given(self, batch: Batch) -> Batch:
-        """A batch of the step under way as this core may see it."""
+        """A batch, of this step or of the buffer, as this core may see it."""
         return batch if self.learns else batch.without_teaching()
 
 

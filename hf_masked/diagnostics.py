@@ -14,7 +14,7 @@ guarantee.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,11 +52,11 @@ class Measure:
 
         def measured(parameters: Tensors) -> Tensors:
             given = rule(parameters)
+            deltas: Iterable[torch.Tensor] = given.values()
             if isinstance(given, Points):
-                self.displaced += sum(float(_energy([point - parameters[name]])) for name, point in given.items())
-            else:
-                self.displaced += float(_energy(list(given.values())))
-            self.at += float(_energy(list(parameters.values())))
+                deltas = (point - parameters[name] for name, point in given.items())
+            self.displaced += float(_energy(deltas))
+            self.at += float(_energy(parameters.values()))
             return given
 
         return measured
@@ -162,8 +162,9 @@ def _square(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.square().sum(dtype=torch.float64).cpu()
 
 
-def _energy(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([_square(t.float()) for t in tensors]).sum() if tensors else torch.zeros(())
+def _energy(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    squares = [_square(t.float()) for t in tensors]
+    return torch.stack(squares).sum() if squares else torch.zeros(())
 
 
 def _ratio(above: torch.Tensor, below: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -33,31 +34,31 @@ def displaced(
         given = rule({name: p.detach() for name, p in parameters.items()})
         del rule  # and with it a gradient that it may hold
         check_names("perturbation", given, parameters)
-        points, deltas = isinstance(given, Points), dict(given)
+        displace: Callable[[nn.Parameter, torch.Tensor], torch.Tensor] = partial(_displace, given_away=given_away)
+        put_back: Callable[[nn.Parameter, torch.Tensor], object] = _put_back
+        if isinstance(given, Points):
+            displace = put_back = _trade
+        deltas = dict(given)
         del given
         saved: dict[str, torch.Tensor] = {}
     try:
         with torch.no_grad():
             for name in list(deltas):
                 # freed one by one: a displacement and the copy it forces are not both held
-                delta = deltas.pop(name)
-                saved[name] = (
-                    _trade(parameters[name], delta) if points else _displace(parameters[name], delta, given_away)
-                )
+                saved[name] = displace(parameters[name], deltas.pop(name))
         yield
     finally:
         with torch.no_grad():
             for name, value in saved.items():
-                _trade(parameters[name], value) if points else _put_back(parameters[name], value)
+                put_back(parameters[name], value)
 
 
 def _trade(parameter: nn.Parameter, point: torch.Tensor) -> torch.Tensor:
     """Let a parameter be what a tensor is; returns where its own value lies, from where it is traded back."""
-    theirs, wanted = ((t.shape, t.dtype, t.device) for t in (point, parameter))
-    if theirs != wanted:
+    if _kind(point) != _kind(parameter):
         raise ValueError(
-            f"got Points of (shape, dtype, device) {theirs} for a parameter of {wanted}; needs the same, because they "
-            "stand in for it; mend the function in plan="
+            f"got Points of (shape, dtype, device) {_kind(point)} for a parameter of {_kind(parameter)}; needs the "
+            "same, because they stand in for it; mend the function in plan="
         )
     if _moves(parameter):
         x = parameter.data
@@ -90,9 +91,17 @@ def _displace(parameter: nn.Parameter, delta: torch.Tensor, given_away: bool) ->
 
 def _could_be(parameter: nn.Parameter, delta: torch.Tensor) -> bool:
     """Whether a tensor is just like a parameter, in memory of its own."""
-    alike = (delta.shape, delta.dtype, delta.device) == (parameter.shape, parameter.dtype, parameter.device)
     dense = parameter.is_contiguous() and delta.is_contiguous() and own_part(delta) is delta
-    return alike and dense and own_part(parameter) is parameter and delta.untyped_storage().nbytes() == delta.nbytes
+    return (
+        _kind(delta) == _kind(parameter)
+        and dense
+        and own_part(parameter) is parameter
+        and delta.untyped_storage().nbytes() == delta.nbytes
+    )
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _exchanged(parameter: nn.Parameter, delta: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,8 @@ class UpdateStep:
     Args:
         info, phase: what it does.
         rides: core updates that follow it on batches seen before, by core; each is an `UpdateStep` of its own then.
-        seen: its microbatches, for them.
+        later: cores that ride in later steps only, when its batch will still be in their buffers.
+        seen: its microbatches, for both.
         held: parameters that are not differentiated by until its gradients are there.
         trained: what phases of a network train, as first asked for in this step: before any is held.
         fresh_batches: how many of them were drawn.
@@ -38,6 +39,7 @@ class UpdateStep:
     info: StepInfo
     phase: Phase
     rides: list[tuple[CoreRun, tuple[Phase, ...]]] = field(default_factory=list)
+    later: list[CoreRun] = field(default_factory=list)
     seen: Batch = field(default_factory=lambda: Batch([], None))
     held: list[nn.Parameter] = field(default_factory=list)
     trained: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)

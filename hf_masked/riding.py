@@ -57,13 +57,12 @@ class RidingMixin(UpdateStepMixin):
         None of an update that was not made: what the full network said then may not be finite either.
         """
         riding = [run for run, _ in step.rides if self.args.distill_buffer]
-        later = [run for run in self._cores if run.keeps_for_later(step.info.step)]
-        if not step.made or not (riding or later):
+        if not step.made or not (riding or step.later):
             return
         kept = step.seen.to("cpu")
         for run in riding:
             run.replay.add(kept, uses=1)
-        for run in later:
+        for run in step.later:
             run.replay.add(kept)
 
     def _ride(self, step: UpdateStep, phases: tuple[Phase, ...]) -> None:

@@ -95,7 +95,9 @@ class UpdateStepMixin(WatchedStepMixin):
             self._core = next((run for run in self._cores if run.has(info)), self._core)
             plan, info = self._core.plan, replace(info, turn=self._core.turn(t))
         rides = [(run, run.rides(info)) for run in self._cores]
-        self._step = step = UpdateStep(info, plan.phases(info)[0], [(run, phases) for run, phases in rides if phases])
+        later = [run for run in self._cores if run.keeps_for_later(info.step)]
+        riding = [(run, phases) for run, phases in rides if phases]
+        self._step = step = UpdateStep(info, plan.phases(info)[0], riding, later)
         if self._joint:
             self._split_and_use(step, inputs)
         self._begin_watch()
@@ -165,11 +167,9 @@ class UpdateStepMixin(WatchedStepMixin):
         """Forward and backward of one microbatch through one network, at x + dx where the phase perturbs. Its loss is
         such a share of the update's."""
         step = self._now()
-        riding = [run for run, _ in step.rides]
-        later = [run for run in self._cores if run.keeps_for_later(step.info.step)]
-        learners = self._cores if phase.network == "sum" else [*riding, *later]
+        learners = self._cores if phase.network == "sum" else [*(run for run, _ in step.rides), *step.later]
         teaches = network == "full" and any(run.learns for run in learners)
-        keep = teaches or (network == "full" and bool(riding or later))
+        keep = network == "full" and bool(step.rides or step.later or teaches)
         under_way = ForwardPass(phase, network, teaching, keep=keep, keep_teaching=teaches)
         apart: AbstractContextManager[None] = self._host_metrics_apart() if network == "core" else nullcontext()
         self._watch_microbatch(model, inputs, num_items, phase, network, teaching)
