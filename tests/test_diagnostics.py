@@ -19,6 +19,7 @@ from hf_masked.audit import checksum
 from hf_masked.diagnostics import Coverage
 from hf_masked.reference import autograd_gradient, partial_sgd_step
 from hf_masked.schedules import FullOnly, Sum
+from hf_masked.types import Points
 
 Values = Mapping[str, torch.Tensor]
 
@@ -165,14 +166,20 @@ def test_a_layer_of_which_no_entry_is_kept_is_not_trained(tmp_path: Path) -> Non
         assert shares["model.decoder.layers.1"] == 0.0 and shares["model.decoder.layers.0"] == 1.0
 
 
-def test_a_displacement_is_held_against_all_that_is_trained(tmp_path: Path) -> None:
-    def of_biases(info: StepInfo, parameters: Values) -> Values:
-        return {n: torch.full_like(p, 0.1) for n, p in parameters.items() if n.endswith("bias")}
+def of_biases(info: StepInfo, parameters: Values) -> Values:
+    return {n: torch.full_like(p, 0.1) for n, p in parameters.items() if n.endswith("bias")}
 
+
+def to_points(info: StepInfo, parameters: Values) -> Values:
+    return Points({n: parameters[n] + dx for n, dx in of_biases(info, parameters).items()})
+
+
+@pytest.mark.parametrize("rule", [of_biases, to_points])
+def test_a_displacement_is_held_against_all_that_is_trained(rule: Any, tmp_path: Path) -> None:
     model = tiny("opt").double()
     x = values(model)
     dx = of_biases(StepInfo(0, 1), x)
-    options = {"plan": Plan(FullOnly(), full=Phase("full", of_biases))}
+    options = {"plan": Plan(FullOnly(), full=Phase("full", rule))}
     trainer = fit(tmp_path, model, max_steps=1, diagnostics_steps=1, trainer_options=options)
     (measured,) = (r["relative_perturbation"] for r in trainer.state.log_history if "relative_perturbation" in r)
     assert measured == pytest.approx(float(flat(dx).norm() / flat(x).norm()), rel=1e-6)
